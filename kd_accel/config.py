@@ -1,0 +1,278 @@
+"""The schema of every YAML file, one class per section. The string below a field is what `kd-accel help VERB` prints.
+
+Imports no torch: `kd-accel --help` and `kd-accel config` answer at once.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from kd_accel.schedules import Scheduled
+from kd_accel.schema import Schema
+from kd_accel.terms import AnyTerm, DistillationTerm, SigLip
+
+
+class AugmentConfig(Schema):
+    """Training augmentation; every draw is a pure function of (seed, epoch, sample id)."""
+
+    scale: tuple[float, float] = (0.9, 1.0)
+    """Area of the random crop, as a share of the image (open_clip's default)."""
+    ratio: tuple[float, float] = (0.75, 4 / 3)
+    """Aspect ratio of the random crop, width / height."""
+    flip: float = Field(0.0, ge=0, le=1)
+    """Probability of a horizontal flip; captions with left and right do not survive one."""
+
+    @field_validator("scale", "ratio")
+    @classmethod
+    def _ordered(cls, value):
+        if not 0 < value[0] <= value[1]:
+            raise ValueError("expected two positive numbers, the smaller first")
+        return value
+
+
+class DataConfig(Schema):
+    """Where the samples come from."""
+
+    shards: str | list[str]
+    """Webdataset tars, with brace ranges: "data/{00000..00139}.tar"; a folder means every tar in it. Index them first: kd-accel index."""
+    batch_size: int | None = Field(None, gt=0)
+    """Samples per process and optimizer step."""
+    global_batch_size: int | None = Field(None, gt=0)
+    """Samples per optimizer step over all processes, instead of batch_size; resumes exactly on another number of processes."""
+    caption: str = "txt"
+    """Extension of the tar member that holds the caption."""
+    num_workers: int = Field(2, ge=0)
+    """Loader processes per training process; 0 decodes in the training process itself."""
+    shuffle_window: int = Field(8, gt=0)
+    """Shards whose samples are mixed with each other; larger mixes better, smaller reads nearer to sequential."""
+    augment: AugmentConfig = AugmentConfig()
+    max_bad_fraction: float = Field(0.01, ge=0, le=1)
+    """Share of unreadable samples above which the run stops; each one is replaced and listed in bad_samples.jsonl."""
+
+    @model_validator(mode="after")
+    def _one_batch_size(self):
+        if (self.batch_size is None) == (self.global_batch_size is None):
+            raise ValueError("give exactly one of batch_size (per process) and global_batch_size (over all processes)")
+        return self
+
+
+class PreprocessConfig(Schema):
+    """How pixels reach a model of your own; named architectures bring their own."""
+
+    mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
+    """Per channel, of pixels in 0..1 (OpenAI CLIP's)."""
+    std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+    """Per channel."""
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+    """How the image is resized."""
+    resize_mode: Literal["shortest", "longest", "squash"] = "shortest"
+    """Which side meets the image size, as in open_clip."""
+
+
+class StudentConfig(Schema):
+    """The model that learns."""
+
+    arch: str | dict[str, Any]
+    """An open_clip architecture ("ViT-B-16"), or an inline open_clip model config: {embed_dim, vision_cfg, text_cfg}."""
+    pretrained: str | None = None
+    """Start from these weights: an open_clip tag of the architecture, or a file; null starts from scratch."""
+    preprocess: PreprocessConfig | None = None
+    """Replaces the architecture's own mean, std and resizing."""
+    projector: Literal["linear"] | None = None
+    """linear: one trained linear layer per tower from the student's width to the teacher's, for terms that compare features."""
+    grad_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+
+
+class TeacherConfig(Schema):
+    """The frozen model that is learned from: give `arch` and `pretrained`, or `path`."""
+
+    arch: str | None = None
+    """An open_clip architecture."""
+    pretrained: str | None = None
+    """An open_clip tag of the architecture, or a weights file."""
+    path: str | None = None
+    """A release directory (open_clip_config.json beside its weights), or one of our runs (its newest checkpoint)."""
+    placement: Literal["engine", "replicated"] = "engine"
+    """engine: inside the prepared module (ZeRO-3 partitions it). replicated: a whole copy per process, outside the engine."""
+
+    @model_validator(mode="after")
+    def _one_source(self):
+        if (self.path is None) == (self.arch is None):
+            raise ValueError("give either path, or arch with pretrained")
+        if self.arch is not None and self.pretrained is None:
+            raise ValueError("pretrained is needed beside arch: a teacher with random weights teaches nothing")
+        if self.path is not None and self.pretrained is not None:
+            raise ValueError("path already names the weights: drop pretrained")
+        return self
+
+
+class TemperatureConfig(Schema):
+    """The student's temperature, 1 / logit_scale; fp32 and outside the engine whatever the precision."""
+
+    init: float = Field(0.07, gt=0, le=1)
+    """Value at the first step (0.07 is CLIP's, 0.1 SigLIP's)."""
+    min: float = Field(0.01, gt=0, le=1)
+    """Never below (0.01 is CLIP's)."""
+    learnable: bool = True
+    """false keeps it at init."""
+
+    @model_validator(mode="after")
+    def _start_inside(self):
+        if self.init < self.min:
+            raise ValueError(f"init={self.init} lies below min={self.min}: raise init or lower min")
+        return self
+
+
+class ObjectiveConfig(Schema):
+    """What is minimised: a weighted sum of terms."""
+
+    terms: dict[str, AnyTerm | None] = Field(min_length=1)
+    """Name of your choice -> term; a name set to null drops a term that a base file brought."""
+    temperature: TemperatureConfig = TemperatureConfig()
+    logit_bias: float | None = None
+    """Start of the learnable bias on the student's logits; siglip needs it (-10 in the paper), other losses ignore it."""
+    chunk_rows: int = Field(256, gt=0)
+    """Rows of this process that are compared with all columns at a time: memory grows with chunk_rows x global batch."""
+
+    @model_validator(mode="after")
+    def _terms_fit(self):
+        kept = {name: term for name, term in self.terms.items() if term is not None}
+        if not kept:
+            raise ValueError("terms: every term is null; at least one is needed")
+        siglip = [name for name, term in kept.items() if isinstance(term, SigLip)]
+        if siglip and self.logit_bias is None:
+            raise ValueError(f"terms.{siglip[0]} is siglip and needs logit_bias (-10 in the paper, with temperature.init=0.1)")
+        self.__dict__["terms"] = kept
+        return self
+
+
+class OptimConfig(Schema):
+    """AdamW with linear warm-up and cosine decay."""
+
+    lr: float = Field(gt=0)
+    """Peak learning rate."""
+    min_lr: float = Field(0.0, ge=0)
+    """Learning rate at the end of the cosine."""
+    epochs: int | None = Field(None, gt=0)
+    """Length of the run in epochs (give one of epochs, steps)."""
+    steps: int | None = Field(None, gt=0)
+    """Length of the run in optimizer steps."""
+    warmup_steps: int = Field(0, ge=0)
+    """Steps of linear warm-up."""
+    weight_decay: float = Field(0.1, ge=0)
+    """On matrices and kernels; biases, norms, class and position embeddings of one dimension get none."""
+    betas: tuple[float, float] = (0.9, 0.98)
+    """AdamW's moment decays."""
+    eps: float = Field(1e-6, gt=0)
+    """AdamW's epsilon."""
+    grad_clip_norm: float = Field(1.0, ge=0)
+    """Gradients of the student are scaled down to this global norm; 0 switches clipping off."""
+    temperature_lr: Scheduled | None = None
+    """Learning rate of the temperature and of other scales; null follows lr with its warm-up and cosine."""
+
+    @model_validator(mode="after")
+    def _one_length(self):
+        if (self.epochs is None) == (self.steps is None):
+            raise ValueError("give exactly one of epochs and steps")
+        return self
+
+
+class SaveConfig(Schema):
+    """When a checkpoint is written; the end of the run always writes one."""
+
+    every_steps: int | None = Field(None, gt=0)
+    """Optimizer steps between two checkpoints; null: once per epoch."""
+    keep_last: int = Field(2, gt=0)
+    """How many of the newest checkpoints stay."""
+    keep_every: int | None = Field(None, gt=0)
+    """Checkpoints whose step is a multiple of this stay for good."""
+
+
+class LogConfig(Schema):
+    """What is written while training."""
+
+    every_steps: int = Field(10, gt=0)
+    """Optimizer steps between two rows of metrics.jsonl and of the console."""
+    trackers: list[str] = []
+    """Accelerate trackers by name, for instance [tensorboard, wandb]."""
+
+
+class TrainConfig(Schema):
+    """kd-accel train: distil a student beside its frozen teacher (or train it alone, without one)."""
+
+    name: str = Field(pattern=r"^[\w][\w.\-]*$")
+    """Name of the run; everything it writes goes to output_dir/name."""
+    output_dir: str = "runs"
+    """Folder of the runs."""
+    resume: str = "never"
+    """never: refuse to write into an existing run. auto: go on from its newest checkpoint, or start. PATH: go on from this checkpoint directory."""
+    seed: int = Field(0, ge=0)
+    """Decides initial weights, order, augmentation and dropout."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """Of the towers; losses, temperature and optimizer state are fp32 in any case."""
+    data: DataConfig
+    student: StudentConfig
+    teacher: TeacherConfig | None = None
+    """null trains the student without distillation."""
+    objective: ObjectiveConfig
+    optim: OptimConfig
+    save: SaveConfig = SaveConfig()
+    log: LogConfig = LogConfig()
+
+    @model_validator(mode="after")
+    def _teacher_fits_terms(self):
+        needing = [name for name, term in self.objective.terms.items() if isinstance(term, DistillationTerm)]
+        if needing and self.teacher is None:
+            raise ValueError(f"objective.terms.{needing[0]} needs a teacher: add the section teacher, or set the term to null")
+        if self.teacher is not None and not needing:
+            raise ValueError("teacher is given but no term of objective.terms uses it: add one (logit_kl, feature_mse, ...) or set teacher=null")
+        return self
+
+
+class IndexConfig(Schema):
+    """kd-accel index SHARDS: write NNNNN.idx.npz beside every tar, and manifest.json."""
+
+    positional: ClassVar[str] = "shards"
+    shards: str | list[str]
+    """Folder of tars, or tars with brace ranges."""
+
+
+class EvalConfig(Schema):
+    """kd-accel eval RUN_OR_RELEASE data=FOLDER: zero-shot classification and retrieval, on all processes."""
+
+    positional: ClassVar[str] = "model"
+    model: str
+    """A run (its newest checkpoint), a checkpoint, or a release directory."""
+    data: str | list[str]
+    """Folders in CLIP_benchmark's webdataset layout, folders of such folders, or folders of image-caption tars (retrieval)."""
+    batch_size: int = Field(256, gt=0)
+    """Images per process and forward pass."""
+    num_workers: int = Field(2, ge=0)
+    """Loader processes per process."""
+    precision: Literal["bf16", "fp32"] = "fp32"
+    """Of the model."""
+    output: str | None = None
+    """Where the rows go; null: results.jsonl of the run, or beside the release."""
+
+
+class ReportConfig(Schema):
+    """kd-accel report RUN [RUN ...]: one self-contained report.html with curves and the evaluation table."""
+
+    positional: ClassVar[str] = "runs"
+    runs: list[str] = Field(min_length=1)
+    """Run directories, side by side in the report."""
+    output: str | None = None
+    """File to write; null: report.html in the first run."""
+
+
+class DemoConfig(Schema):
+    """kd-accel demo: the main job on scikit-learn's handwritten digits, two processes, ZeRO-2, bf16."""
+
+    positional: ClassVar[str] = "output_dir"
+    output_dir: str = "runs/demo"
+    """Where data, runs, release and report go."""
+    seeds: list[int] = Field([0], min_length=1)
+    """Seeds of the student and of the baseline; several give a mean and a deviation."""

@@ -1,0 +1,84 @@
+"""The only file that talks to torch.distributed. Every function also works in one process without a process group.
+
+b rows of this rank, B = b * world_size rows of all ranks, in rank order. No autograd runs through a collective: features
+are gathered detached and their gradients are summed by hand, which is exact under DDP and every ZeRO stage
+(torch.distributed.nn.all_gather is deprecated, and on gloo permutes non-contiguous gradients without a word).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def world_size() -> int:
+    """Number of processes in the run."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """This process's number, 0 <= rank < world_size."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def is_main() -> bool:
+    """Whether this process writes the run's files."""
+    return rank() == 0
+
+
+def barrier() -> None:
+    """Wait for every rank."""
+    if world_size() > 1:
+        dist.barrier()
+
+
+@torch.no_grad()
+def gather_rows(rows: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Every rank's rows of each tensor: [b, d_k] -> [B, d_k], detached, in one collective.
+
+    All tensors share b and a dtype; b is the same on every rank.
+    """
+    if world_size() == 1:
+        return {name: tensor.detach() for name, tensor in rows.items()}
+    packed = torch.cat([tensor.detach() for tensor in rows.values()], dim=1).contiguous()  # [b, sum d_k]
+    everyone = [torch.empty_like(packed) for _ in range(world_size())]
+    dist.all_gather(everyone, packed)
+    columns = torch.cat(everyone).split([tensor.shape[1] for tensor in rows.values()], dim=1)
+    return {name: column.contiguous() for name, column in zip(rows, columns, strict=True)}
+
+
+@torch.no_grad()
+def sum_over_ranks(tensors: list[Tensor]) -> list[Tensor]:
+    """The element-wise sum over ranks of each tensor, in one collective; shapes and dtype are alike on every rank."""
+    if world_size() == 1 or not tensors:
+        return tensors
+    flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+    dist.all_reduce(flat)
+    return [part.view_as(tensor) for part, tensor in zip(flat.split([t.numel() for t in tensors]), tensors, strict=True)]
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """`value` of every rank, in rank order; for small picklable things of our own, never for tensors or user files."""
+    if world_size() == 1:
+        return [value]
+    everyone = [None] * world_size()
+    dist.all_gather_object(everyone, value)
+    return everyone
+
+
+def from_main(value: Any) -> Any:
+    """Rank 0's `value`, on every rank."""
+    if world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def shut_down() -> None:
+    """Leave the process group, so that a finished run ends without warnings."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,51 @@
+"""The records that travel between files: what a model wants to see, a batch, and its features.
+
+Letters used in all of kd_accel: b rows of this rank, B rows of all ranks, d embedding width, T tokens, N sample ids.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class InputContract:
+    """How one model wants its input; read from the model's own configuration, never guessed."""
+
+    image_size: tuple[int, int]  # height, width in pixels
+    mean: tuple[float, float, float]  # of pixels in 0..1
+    std: tuple[float, float, float]
+    interpolation: str  # bicubic | bilinear
+    resize_mode: str  # shortest | longest | squash, as in open_clip
+    context_length: int  # tokens
+    tokenizer: str  # name of the tokenizer: models that share a name and a context length share their tokens
+    tokenize: Callable[[list[str]], Tensor]  # captions -> [b, T] int64
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one rank sees in one step."""
+
+    ids: Tensor  # [b] int64, the sample's row in the dataset, 0 <= id < N
+    image: Tensor  # [b, 3, H, W] uint8, one decoded view; every model resizes and normalises it on the device
+    text: dict[str, Tensor]  # model name ("student", "teacher") -> [b, T] int64 tokens
+
+    def to(self, device) -> Batch:
+        """The same batch on `device`; host-to-device copies are asynchronous where the memory is pinned."""
+        text = {name: tokens.to(device, non_blocking=True) for name, tokens in self.text.items()}
+        return Batch(self.ids.to(device, non_blocking=True), self.image.to(device, non_blocking=True), text)
+
+
+@dataclass(frozen=True)
+class Features:
+    """What one model says of a batch: unit rows of this rank (or of one chunk of it) against the columns of all ranks."""
+
+    image: Tensor  # [b, d]
+    text: Tensor  # [b, d]
+    all_image: Tensor  # [B, d], every rank's rows in rank order
+    all_text: Tensor  # [B, d]
