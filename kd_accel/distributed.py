@@ -7,11 +7,26 @@ are gathered detached and their gradients are summed by hand, which is exact und
 
 from __future__ import annotations
 
+import os
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+
+def start_process_group(timeout_s: float) -> None:
+    """Join the processes that torchrun or accelerate launched (NCCL with CUDA, else gloo); does nothing when alone.
+
+    A rank that waits longer than `timeout_s` seconds for another one ends the run with an error.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
 
 
 def world_size() -> int:
@@ -48,6 +63,19 @@ def gather_rows(rows: dict[str, Tensor]) -> dict[str, Tensor]:
     dist.all_gather(everyone, packed)
     columns = torch.cat(everyone).split([tensor.shape[1] for tensor in rows.values()], dim=1)
     return {name: column.contiguous() for name, column in zip(rows, columns, strict=True)}
+
+
+@torch.no_grad()
+def gather_uneven_rows(rows: Tensor) -> Tensor:
+    """Every rank's rows, in rank order, detached: [b, ...] -> [B, ...]; b may differ between ranks and may be 0."""
+    counts = gather_objects(len(rows))
+    if world_size() == 1 or not sum(counts):
+        return rows.detach()
+    padded = rows.new_zeros(max(counts), *rows.shape[1:])
+    padded[: len(rows)] = rows
+    everyone = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(everyone, padded)
+    return torch.cat([theirs[:count] for theirs, count in zip(everyone, counts, strict=True)])
 
 
 @torch.no_grad()

@@ -1,4 +1,7 @@
-"""Numbers that change while a run goes on: Progress -> float. Every schedule is a pure function, so resume needs no state."""
+"""Numbers that change while a run goes on: Progress -> float.
+
+Every schedule is a pure function of where the run stands, so resume needs no state.
+"""
 
 from __future__ import annotations
 
@@ -81,7 +84,7 @@ class Cosine(_Ramp):
 
 
 class StepBelow(Schema):
-    """`value`, times `ratio` while the student's temperature is at or below `threshold` (FastCLIP, arXiv 2407.01445)."""
+    """`value`, times `ratio` while the student's temperature is at most `threshold` (FastCLIP, arXiv 2407.01445)."""
 
     kind: Literal["step_below"] = "step_below"
     value: float
@@ -101,9 +104,7 @@ def _form(value) -> str:
 
 Schedule = Annotated[Constant | Linear | Cosine | StepBelow, Field(discriminator="kind")]
 # How a config types a number that may move. The tags keep pydantic from reporting the form that was not meant.
-Scheduled = Annotated[
-    Annotated[float, Tag("(number)")] | Annotated[Schedule, Tag("(schedule)")], Discriminator(_form)
-]
+Scheduled = Annotated[Annotated[float, Tag("(number)")] | Annotated[Schedule, Tag("(schedule)")], Discriminator(_form)]
 
 
 def value_at(scheduled: float | Schedule, progress: Progress) -> float:

@@ -8,14 +8,15 @@ Imports no torch.
 from __future__ import annotations
 
 import difflib
+import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
-from pydantic_core import PydanticUndefined
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 
 class ConfigError(ValueError):
@@ -27,34 +28,58 @@ class Schema(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _no_truth_as_number(cls, values):
+        """pydantic would read `batch_size: true` as 1; as text it is refused with its path."""
+        if not isinstance(values, dict):
+            return values
+        types = {name: set(alternatives(field.annotation)) for name, field in cls.model_fields.items()}
+        numbers = [name for name, allowed in types.items() if bool not in allowed and allowed & {int, float}]
+        return {k: str(v).lower() if isinstance(v, bool) and k in numbers else v for k, v in values.items()}
+
 
 S = TypeVar("S", bound=Schema)
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which `5e-4` is a number (YAML 1.2) and a key given twice is an error."""
+    """YAML 1.2 scalars: `5e-4` is a number; `on`, `1:30` and `2024-01-01` are text. A key given twice is an error."""
+
+    yaml_implicit_resolvers = {}
 
     def construct_mapping(self, node, deep=False):
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
         if twice := [key for key in keys if keys.count(key) > 1]:
             line = node.start_mark.line + 1
             raise ConfigError(f"{node.start_mark.name}: key '{twice[0]}' is given twice in the mapping at line {line}")
         return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
+class _Dumper(yaml.SafeDumper):
+    """Quotes what _Loader would not read back as text."""
+
+    yaml_implicit_resolvers = {}
 
 
-def load(schema: type[S], files: list[str | Path] = (), overrides: list[str] = (), **values: Any) -> S:
+for _tag, _pattern, _first in (
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+    ("int", r"[-+]?(0|[1-9][0-9_]*)", list("-+0123456789")),
+    ("float", r"[-+]?(\d+\.\d*|\.\d+|\d+(?=[eE]))([eE][-+]?\d+)?|[-+]?\.inf|\.nan", list("-+.0123456789")),
+    ("merge", r"<<", ["<"]),
+):
+    for _class in (_Loader, _Dumper):
+        _class.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})$"), _first)
+
+
+def load(schema: type[S], files: Sequence[str | Path] = (), overrides: Sequence[str] = (), **values: Any) -> S:
     """Merge `files` (left to right), then `values`, then `overrides` ("a.b=c"), and validate them as `schema`.
 
     Raises ConfigError with one line per problem: path, value, what is allowed, and the nearest key for an unknown one.
     """
     merged: dict = {}
     for file in files:
-        merged = _merge(merged, _read(Path(file)))
+        merged = _merge(merged, read(Path(file)))
     merged = _merge(merged, values)
     for override in overrides:
         merged = _merge(merged, _parse_override(override))
@@ -66,62 +91,86 @@ def validate(schema: type[S], values: dict) -> S:
     try:
         return schema.model_validate(values)
     except ValidationError as error:
-        raise ConfigError("\n".join(_explain(schema, problem) for problem in error.errors())) from None
+        raise ConfigError("\n".join(_explain(schema, error.errors()))) from None
 
 
 def dump(config: Schema) -> str:
     """The resolved config as YAML; `load` reads it back to an equal config."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+    values = config.model_dump(mode="json")
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
-def _read(path: Path, seen: tuple[Path, ...] = ()) -> dict:
-    """The mapping in `path`, laid over the file that its `base:` names (relative to `path`)."""
-    if path.resolve() in seen:
+def did_you_mean(word: str, known: Sequence[str]) -> str:
+    """A hint at the nearest of the `known` words, else all of them."""
+    near = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean '{near[0]}'?" if near else f"; one of {', '.join(known)}" if known else ""
+
+
+def alternatives(annotation: Any) -> list[Any]:
+    """The types that an annotation allows: a union's members, an Annotated's content, else itself."""
+    if get_origin(annotation) is Annotated:
+        return alternatives(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, UnionType):
+        return [m for a in get_args(annotation) for m in alternatives(a)]
+    return [annotation]
+
+
+def kind_of(schema: type[Schema]) -> str | None:
+    """The `kind` by which a YAML mapping chooses this schema, None for a plain section."""
+    return schema.model_fields["kind"].default if "kind" in schema.model_fields else None
+
+
+def read(path: Path, above: tuple[Path, ...] = ()) -> dict:
+    """The mapping in `path`, unchecked, laid over the file that its `base:` names (relative to `path`).
+
+    `above` are the files whose `base:` led here. Raises ConfigError when a file is missing, not YAML or not a mapping.
+    """
+    if path.resolve() in above:
         raise ConfigError(f"{path}: base files include each other in a circle")
-    values = _parse_yaml(_read_text(path), str(path))
+    values = _parse_yaml(_read_text(path, above), str(path)) or {}
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected a mapping of keys to values, got {type(values).__name__}")
     base = values.pop("base", None)
     if base is None:
         return values
     if not isinstance(base, str):
-        raise ConfigError(f"{path}: base: expected one file name, got {base!r}")
-    return _merge(_read(path.parent / base, (*seen, path.resolve())), values)
+        raise ConfigError(f"{path}: base: expected one file name (got {base!r}); a base may name a base of its own")
+    return _merge(read(path.parent / base, (*above, path.resolve())), values)
 
 
-def _read_text(path: Path) -> str:
+def _read_text(path: Path, above: tuple[Path, ...]) -> str:
+    named_in = f" (the base of {above[-1].name})" if above else ""
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.y*ml")], n=1)
         hint = f"; did you mean {path.parent / near[0]}?" if near else ""
-        raise ConfigError(f"{path}: no such file{hint}") from None
+        raise ConfigError(f"{path}: no such file{named_in}{hint}") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read: {error}") from None
+        raise ConfigError(f"{path}: cannot be read{named_in}: {error}") from None
 
 
 def _parse_yaml(text: str, name: str) -> Any:
     loader = _Loader(text)
-    loader.name = name
+    loader.name = name  # what errors call it
     try:
-        return loader.get_single_data() or {}
+        return loader.get_single_data()
     except yaml.YAMLError as error:
-        raise ConfigError(f"{name}: not valid YAML: {' '.join(str(error).split())}") from None
+        where = f", line {error.problem_mark.line + 1}" if getattr(error, "problem_mark", None) else ""
+        problem = getattr(error, "problem", None) or error
+        raise ConfigError(f"{name}{where}: not valid YAML: {problem}") from None
     finally:
         loader.dispose()
 
 
 def _parse_override(text: str) -> dict:
     """`a.b=c` as {"a": {"b": c}}, where c is read as YAML."""
-    key, _, value = text.partition("=")
-    if not all(key.split(".")):
+    key, equals, value = text.partition("=")
+    if not equals or not all(key.split(".")):
         raise ConfigError(f"'{text}' is not of the form key=value (for instance data.batch_size=64)")
-    loader = _Loader(value)
-    loader.name = text
-    try:
-        parsed = loader.get_single_data()
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{text}: the value is not valid YAML: {' '.join(str(error).split())}") from None
+    if not value.strip():
+        raise ConfigError(f"{key}: no value after '='; write {key}=null to unset it, or {key}='\"\"' for an empty text")
+    parsed = _parse_yaml(value, text)
     for part in reversed(key.split(".")):
         parsed = {part: parsed}
     return parsed
@@ -135,73 +184,116 @@ def _merge(under: dict, over: dict) -> dict:
     merged = dict(under)
     for key, value in over.items():
         below = merged.get(key)
-        same_kind = isinstance(value, dict) and isinstance(below, dict)
-        if same_kind and "kind" in value and "kind" in below and value["kind"] != below["kind"]:
-            same_kind = False
-        merged[key] = _merge(below, value) if same_kind else value
+        mergeable = isinstance(value, dict) and isinstance(below, dict)
+        if mergeable and value.get("kind", below.get("kind")) == below.get("kind", value.get("kind")):
+            value = _merge(below, value)
+        merged[key] = value
     return merged
 
 
-def _explain(schema: type[Schema], problem: dict) -> str:
-    """One line for one pydantic error: path, what is wrong, the value, and the nearest known key."""
-    path, known = _locate(schema, problem["loc"])
-    where = ".".join(path) or "config"
-    message = problem["msg"].removeprefix("Value error, ").replace("Input should be", "should be")
+_WANTED = {  # by the first word of pydantic's name for the problem
+    "float": "a number",
+    "int": "a whole number",
+    "bool": "true or false",
+    "string": "text",
+    "list": "a list [a, b, ...]",
+    "tuple": "a list [a, b, ...]",
+    "dict": "a mapping of keys to values",
+    "model": "a mapping of keys to values",
+}
+
+
+def _explain(schema: type[Schema], problems: list[dict]) -> list[str]:
+    """One line per place: path, what is wrong, the value, and a hint."""
+    located = [(*_locate(schema, problem["loc"]), problem) for problem in problems]
+    lines: dict[tuple, tuple[str, str]] = {}  # path -> what is wrong, value and hint
+    for path, parents, here, problem in located:
+        # Problems further inside mean that another member of a union fitted this place better.
+        if any(len(other) > len(path) and other[: len(path)] == path for other, *_ in located):
+            continue
+        wrong = _wrong(path, here, problem)
+        if path in lines:
+            wrong = f"{lines[path][0]} or {wrong.removeprefix('should be ')}"
+        lines[path] = wrong, _given(problem) + _hint(path, parents, here, problem)
+    return [": ".join(filter(None, [".".join(path), wrong + rest])) for path, (wrong, rest) in lines.items()]
+
+
+def _wrong(path: tuple[str, ...], here: list[Any], problem: dict) -> str:
     match problem["type"]:
         case "extra_forbidden":
-            return f"{where}: unknown key (got {problem['input']!r}){_did_you_mean(path[-1], known)}"
-        case "missing":
-            return f"{where}: this key is needed"
+            return "unknown key"
         case "union_tag_invalid":
-            tags = re.findall(r"'([^']+)'", problem["ctx"]["expected_tags"])
-            tag = str(problem["ctx"]["tag"])
-            return f"{where}.kind: unknown kind '{tag}'{_did_you_mean(tag, tags)}; one of {', '.join(tags)}"
+            return f"unknown kind '{problem['ctx']['tag']}'"
         case "union_tag_not_found":
-            return f"{where}: a mapping with the key 'kind' is needed (got {problem['input']!r})"
-    given = "" if isinstance(problem["input"], dict) else f" (got {problem['input']!r})"
-    return f"{where}: {message}{given}"
+            return "the key 'kind' is missing" if isinstance(problem["input"], dict) else "should be a mapping"
+        case "missing" if path[-1].isdecimal():
+            return "this item of the list is missing"
+        case "missing":
+            needed = [name for a in _schemas(here) for name, field in a.model_fields.items() if field.is_required()]
+            return f"this section is needed, with {', '.join(needed)}" if needed else "this key is needed"
+        case kind if wanted := re.match(rf"({'|'.join(_WANTED)})_(type|parsing|from_float|attributes_type)$", kind):
+            return f"should be {_WANTED[wanted[1]]}"
+    message = problem["msg"].removeprefix("Value error, ").replace(" after validation", "")
+    return re.sub(r"^(Input|String|Dictionary|List|Tuple) should", "should", message)
 
 
-def _did_you_mean(word: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(word, known, n=1)
-    return f"; did you mean '{near[0]}'?" if near else ""
+def _given(problem: dict) -> str:
+    """The value, unless it is missing, already named, or a whole section that fails as one."""
+    match problem["type"], problem["input"]:
+        case (("missing" | "union_tag_invalid"), _) | ("value_error", dict()):
+            return ""
+    shown = json.dumps(problem["input"], ensure_ascii=False, default=str)
+    return f" (got {shown if len(shown) <= 80 else shown[:77] + '...'})"
 
 
-def _locate(schema: type[Schema], location: tuple) -> tuple[list[str], list[str]]:
-    """(the path as the user wrote it, the keys known beside its last part).
+def _hint(path: tuple[str, ...], parents: list[Any], here: list[Any], problem: dict) -> str:
+    match problem["type"], problem["input"]:
+        case "extra_forbidden", _:
+            return did_you_mean(path[-1], [name for schema in parents for name in schema.model_fields])
+        case "union_tag_invalid", _:
+            return did_you_mean(str(problem["ctx"]["tag"]), _kinds(here))
+        case "union_tag_not_found", _:
+            return did_you_mean("", _kinds(here))
+        case "string_type", int() | float():
+            return "; put it in quotes"
+        case (("list_type" | "tuple_type"), dict()):
+            return "; items of a list cannot be set one by one, give the whole list"
+    return ""
+
+
+def _locate(schema: type[Schema], location: tuple) -> tuple[tuple[str, ...], list[Any], list[Any]]:
+    """The path as the user wrote it, the schemas that hold its last part, and the annotations of the value there.
 
     pydantic's location also names the member of a union that it tried; the user never wrote that, so it is dropped.
     """
-    path: list[str] = []
-    here: list[Any] = [schema]  # the annotations that a value at `path` may have
-    known: list[str] = []
+    path: tuple[str, ...] = ()
+    parents: list[Any] = []
+    here: list[Any] = [schema]
     for part in location:
-        schemas = [a for a in here if isinstance(a, type) and issubclass(a, Schema)]
-        inner = [get_args(a)[-1] for a in here if get_origin(a) in (dict, list, tuple) and get_args(a)]
+        schemas = _schemas(here)
         fields = {name: field for s in schemas for name, field in s.model_fields.items()}
-        tags = {getattr(s.model_fields.get("kind"), "default", None) for s in schemas}
-        if part in fields:
-            here, known = _members(fields[part].annotation), list(fields)
-        elif part in tags and part not in (None, PydanticUndefined):
-            here = [s for s in schemas if s.model_fields["kind"].default == part]
+        items = [get_args(a)[-1] for a in here if get_origin(a) in (dict, list, tuple)]
+        if len(schemas) > 1 and (chosen := [s for s in schemas if kind_of(s) == part]):
+            here = chosen
             continue
-        elif inner and not _is_union_label(part):
-            here, known = [m for a in inner for m in _members(a)], []
-        elif _is_union_label(part) or part in {s.__name__ for s in schemas}:
+        if part in fields:
+            inside = alternatives(fields[part].annotation)
+        elif items and (len(here) == 1 or not _is_union_label(part)):
+            inside = [member for item in items for member in alternatives(item)]
+        elif _is_union_label(part):
             continue
         else:
-            here, known = [], list(fields)
-        path.append(str(part))
-    return path, known
+            inside = []  # a key that no schema knows
+        path, parents, here = (*path, str(part)), schemas, inside
+    return path, parents, here
 
 
-def _members(annotation: Any) -> list[Any]:
-    """The alternatives of an annotation: a union's members, an Annotated's content, else itself."""
-    if get_origin(annotation) is Annotated:
-        return _members(get_args(annotation)[0])
-    if get_origin(annotation) in (Union, UnionType):
-        return [m for a in get_args(annotation) for m in _members(a)]
-    return [annotation]
+def _schemas(annotations: list[Any]) -> list[type[Schema]]:
+    return [a for a in annotations if isinstance(a, type) and issubclass(a, Schema)]
+
+
+def _kinds(annotations: list[Any]) -> list[str]:
+    return [kind for s in _schemas(annotations) if (kind := kind_of(s))]
 
 
 def _is_union_label(part: Any) -> bool:

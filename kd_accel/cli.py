@@ -1,0 +1,122 @@
+"""kd-accel VERB [CONFIG.yaml ...] [positional ...] [key=value ...]: the verbs and how their arguments are read.
+
+Imports no torch; the module behind a verb is imported when the verb runs.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Any, ClassVar, get_origin
+
+from kd_accel import __version__
+from kd_accel.config import DemoConfig, EvalConfig, IndexConfig, ReportConfig, TrainConfig
+from kd_accel.help import explain
+from kd_accel.schema import ConfigError, Schema, alternatives, did_you_mean, dump, load
+
+
+class HelpConfig(Schema):
+    """kd-accel help [VERB]: the keys of a verb, with types, limits and defaults."""
+
+    positional: ClassVar[str] = "verb"
+    verb: str | None = None
+    """The verb to explain; null lists the verbs."""
+
+
+VERBS = {
+    "train": (TrainConfig, "kd_accel.train:run", "train a student, beside its frozen teacher or alone"),
+    "eval": (EvalConfig, "kd_accel.evals.suite:run", "zero-shot classification and retrieval of a run or a release"),
+    "index": (IndexConfig, "kd_accel.data.index:run", "list the samples of webdataset tars, once, before training"),
+    "report": (ReportConfig, "kd_accel.report:run", "one HTML page with the curves and results of runs"),
+    "demo": (DemoConfig, "kd_accel.demo:run", "the whole way, on handwritten digits and two CPU cores"),
+    "config": (TrainConfig, "kd_accel.cli:print_config", "check config files of train and print what they come to"),
+    "help": (HelpConfig, "kd_accel.cli:print_help", "explain the keys of a verb"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb; the exit code: 0, 2 after a user's mistake (one line each on stderr), 130 after Ctrl-C."""
+    words = sys.argv[1:] if argv is None else argv
+    if list(words) == ["--version"]:
+        print(f"kd-accel {__version__}")
+        return 0
+    try:
+        verb, config = parse(words)
+        module, function = VERBS[verb][1].split(":")
+        return getattr(import_module(module), function)(config) or 0
+    except ConfigError as error:
+        if os.environ.get("RANK", "0") == "0":  # every rank meets the same mistake; one of them says so
+            for line in str(error).splitlines():
+                print(f"error: {line}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def parse(words: Sequence[str]) -> tuple[str, Schema]:
+    """The verb and its checked config, without running anything; raises ConfigError for whatever does not fit."""
+    verb, *arguments = words or ["help"]
+    if verb in ("--help", "-h"):
+        return "help", HelpConfig()
+    if verb not in VERBS:
+        raise ConfigError(f"unknown verb '{verb}'{did_you_mean(verb, list(VERBS))}")
+    if {"--help", "-h"} & set(arguments):
+        return "help", HelpConfig(verb=verb)
+    if flags := [word for word in arguments if word.startswith("-")]:
+        raise ConfigError(f"'{flags[0]}': no flags; write key=value (kd-accel help {verb} lists the keys)")
+    overrides = [word for word in arguments if "=" in word]
+    files = [word for word in arguments if word not in overrides and word.endswith((".yaml", ".yml"))]
+    rest = [word for word in arguments if word not in overrides and word not in files]
+    return verb, load(VERBS[verb][0], files, overrides, **_positional(verb, rest, given=bool(files or overrides)))
+
+
+def usage(verb: str) -> str:
+    """The command line of a verb."""
+    name, many, needed = _positional_field(VERBS[verb][0])
+    word = f"{name.upper()} [{name.upper()} ...]" if many else name.upper()
+    words = ["kd-accel", verb, word if needed or not name else f"[{word}]", "[CONFIG.yaml ...]", "[key=value ...]"]
+    return " ".join(filter(None, words))
+
+
+def print_config(config: TrainConfig) -> None:
+    """kd-accel config: every key with its value, as YAML that `train` accepts."""
+    print(dump(config), end="")
+
+
+def print_help(config: HelpConfig) -> None:
+    """kd-accel help: the verbs, or the keys of one of them."""
+    if config.verb is None:
+        print(f"kd-accel {__version__}: kd-accel VERB [CONFIG.yaml ...] [key=value ...]\n")
+        print("\n".join(f"  {verb:8}{line}" for verb, (_, _, line) in VERBS.items()))
+        print("\nLater files and keys win. kd-accel help VERB explains the keys of a verb.")
+    elif config.verb in VERBS:
+        schema, _, line = VERBS[config.verb]
+        print(f"{usage(config.verb)}\n\n{line[0].upper()}{line[1:]}.\n\n{explain(schema)}")
+    else:
+        raise ConfigError(f"unknown verb '{config.verb}'{did_you_mean(config.verb, list(VERBS))}")
+
+
+def _positional(verb: str, words: list[str], *, given: bool) -> dict[str, Any]:
+    """The words that are neither file nor key=value, as the field that takes them.
+
+    Without any, the field may still come from the files or keys that are `given`.
+    """
+    name, many, needed = _positional_field(VERBS[verb][0])
+    if words and not name:
+        raise ConfigError(f"'{words[0]}' is neither a .yaml file nor key=value; usage: {usage(verb)}")
+    if len(words) > 1 and not many:
+        raise ConfigError(f"expected one {name.upper()}, got {len(words)}: {' '.join(words)}; usage: {usage(verb)}")
+    if needed and not words and not given:
+        raise ConfigError(f"{name.upper()} is missing; usage: {usage(verb)}")
+    return {name: words if many else words[0]} if words else {}
+
+
+def _positional_field(schema: type[Schema]) -> tuple[str, bool, bool]:
+    """The field that positional words go to: its name ("" for none), whether it takes many, whether it is needed."""
+    name = getattr(schema, "positional", "")
+    if not name:
+        return "", False, False
+    field = schema.model_fields[name]
+    return name, any(get_origin(a) is list for a in alternatives(field.annotation)), field.is_required()

@@ -1,0 +1,272 @@
+"""kd-accel index: where every sample's members lie inside its tar, so that any sample is one `pread` away.
+
+    kd-accel index "datasets/dfn/{00000..00139}.tar"
+
+NNNNN.tar gets NNNNN.idx.npz beside it (numpy arrays only, never a pickle), and every folder a manifest.json. A sample
+is a run of consecutive members that share folder and name up to the first dot, as in webdataset; its id is its row over
+all shards in the order in which they are given. N samples, n samples and E extensions of one tar.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tarfile
+import tempfile
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from braceexpand import UnbalancedBracesError, braceexpand
+from tqdm import tqdm
+
+from kd_accel.config import IndexConfig
+from kd_accel.schema import ConfigError
+
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")  # the first one that a sample has is its image
+MAX_EXTENSIONS = 64  # per tar; more means that the names carry a dot before the extension
+_MEMBER = re.compile(r"((?:.*/)?[^./]+)\.([^/]+)", re.DOTALL)  # (key, extension), as webdataset splits a name
+
+_Samples = list[tuple[str, dict[str, tuple[int, int]]]]  # (key, {extension: (offset, size)}), bytes
+
+
+@dataclass(frozen=True, eq=False)
+class ShardIndex:
+    """Every sample's place. Arrays only: reference counts of Python lists un-share the pages of forked workers."""
+
+    starts: np.ndarray  # [shards + 1] int64, id of each shard's first sample, then N
+    offsets: np.ndarray  # [N, 2] int64, bytes from the start of the tar to image and caption; -1 where absent
+    sizes: np.ndarray  # [N, 2] int64, bytes of image and caption
+    keys: np.ndarray  # [N] bytes, UTF-8
+
+    @property
+    def num_samples(self) -> int:
+        """N."""
+        return len(self.keys)
+
+    @property
+    def shard_sizes(self) -> np.ndarray:
+        """[shards] int64, samples of each shard."""
+        return np.diff(self.starts)
+
+
+def run(config: IndexConfig) -> None:
+    """Index `config.shards` and say what there is."""
+    paths = expand_shards(config.shards)
+    written, samples = build_index(paths, progress=True)
+    before = len(paths) - written
+    print(f"{samples:,} samples in {len(paths):,} shards: {written:,} indexed now, {before:,} already were.")
+
+
+def expand_shards(shards: str | list[str]) -> list[Path]:
+    """The tars that `shards` names, in order: brace ranges are expanded, a folder stands for its *.tar sorted by name.
+
+    Raises ConfigError for a shard that is missing, given twice or not a .tar, and for a folder without tars.
+    """
+    entries = [shards] if isinstance(shards, str) else shards
+    paths = [path for entry in entries for path in _expand(entry)]
+    if not paths:
+        raise ConfigError("data.shards: names no shard")
+    if other := [path for path in paths if path.suffix != ".tar"]:
+        raise ConfigError(f"data.shards: {other[0]} is not a .tar; a compressed tar must be unpacked to .tar first")
+    if missing := [path for path in paths if not path.is_file()]:
+        raise ConfigError(f"data.shards: {len(missing)} of {len(paths)} shards do not exist, the first is {missing[0]}")
+    seen = set()
+    for path in paths:
+        if (absolute := os.path.abspath(path)) in seen:
+            raise ConfigError(f"data.shards: {path} is given twice")
+        seen.add(absolute)
+    return paths
+
+
+def build_index(paths: list[Path], *, progress: bool = False) -> tuple[int, int]:
+    """Write the sidecar of every tar in `paths` that has no current one, and the manifest of every folder.
+
+    Returns (tars read by this call, samples in all of `paths`). `progress` shows a bar on a terminal.
+    Raises ConfigError for a damaged tar and for a folder that cannot be written.
+    """
+    stale = [path for path in paths if not _is_current(path)]
+    for folder in {path.parent for path in stale}:
+        _require_writable(folder)
+    for path in tqdm(stale, desc="index", unit="shard", disable=None if progress else True):
+        _write_sidecar(path, _scan(path))
+    for folder in {path.parent for path in paths}:
+        _write_manifest(folder)
+    return len(stale), sum(len(_read_sidecar(path, "sizes")[0]) for path in paths)
+
+
+def load_index(paths: list[Path], *, caption: str) -> ShardIndex:
+    """The samples of `paths`, whose captions are the members with the extension `caption`.
+
+    Raises ConfigError when a tar has no index or another size than when it was indexed, when there is no sample at all,
+    and when no sample has an image or a caption.
+    """
+    shards = [_load_shard(path, caption) for path in paths]
+    extensions = sorted({extension for *_, names in shards for extension in names})
+    offsets, sizes, keys = (np.concatenate([shard[part] for shard in shards]) for part in range(3))
+    if not len(keys):
+        raise ConfigError(f"data.shards: no sample in {len(paths)} shards, the first is {paths[0]}")
+    for column, (key, wanted) in enumerate([("data.shards", IMAGE_EXTENSIONS), ("data.caption", (caption,))]):
+        if (offsets[:, column] < 0).all():
+            found = ", ".join(extensions[:10])
+            raise ConfigError(f"{key}: no sample has a member .{' or .'.join(wanted)}; the shards have {found}")
+    starts = np.cumsum([0, *(len(shard[2]) for shard in shards)], dtype=np.int64)
+    return ShardIndex(starts, offsets, sizes, keys)
+
+
+def _expand(entry: str) -> list[Path]:
+    try:
+        names = list(braceexpand(entry))
+    except UnbalancedBracesError:
+        raise ConfigError(f"data.shards: unbalanced braces in {entry}") from None
+    paths: list[Path] = []
+    for path in map(Path, names):
+        # macOS leaves ._NAME.tar beside every tar that it unpacks
+        found = sorted(tar for tar in path.glob("*.tar") if tar.name[0] != ".") if path.is_dir() else [path]
+        if not found:
+            raise ConfigError(f"data.shards: the folder {path} holds no .tar")
+        paths += found
+    return paths
+
+
+def _scan(path: Path) -> _Samples:
+    """The samples of one tar in one pass over its headers; raises ConfigError for a truncated or damaged tar."""
+    samples: _Samples = []
+    whole = False
+    with path.open("rb") as file:
+        try:
+            with tarfile.open(fileobj=file, mode="r:") as tar:
+                for member in tar:
+                    _add_member(path, samples, member)
+                # tarfile ends quietly at a cut or damaged header; a whole tar ends with a block of zeros
+                file.seek(tar.offset)
+                whole = file.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
+        except tarfile.TarError:
+            whole = False
+    if not whole:
+        count = max(len(samples) - 1, 0)  # the last one may lack members
+        raise ConfigError(f"{path}: not a whole tar, it breaks off after {count} whole samples: fetch or pack it again")
+    return samples
+
+
+def _add_member(path: Path, samples: _Samples, member: tarfile.TarInfo) -> None:
+    match = _MEMBER.fullmatch(member.name)
+    if match is None or not member.isreg() or member.issparse():
+        return
+    key, extension = match[1], match[2].lower()
+    if not samples or samples[-1][0] != key:
+        samples.append((key, {}))
+    members = samples[-1][1]
+    if extension in members:
+        raise ConfigError(f"{path}: {member.name} is there twice in one sample")
+    members[extension] = (member.offset_data, member.size)
+
+
+def _sidecar(path: Path) -> Path:
+    return path.with_suffix(".idx.npz")
+
+
+def _is_current(path: Path) -> bool:
+    """Whether the tar has an index that is no older than it and was made at its present size."""
+    sidecar, tar = _sidecar(path), path.stat()
+    if not sidecar.exists() or sidecar.stat().st_mtime_ns < tar.st_mtime_ns:
+        return False
+    try:
+        return int(_read_sidecar(path, "tar_bytes")[0]) == tar.st_size
+    except ConfigError:  # unreadable: written anew
+        return False
+
+
+def _require_writable(folder: Path) -> None:
+    """Asked before the first pass, not after it."""
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ConfigError(
+            f"{folder}: the index belongs beside the tars, but this folder cannot be written ({error.strerror}): "
+            "copy or symlink the tars into a folder of your own and index that"
+        ) from None
+
+
+def _write_sidecar(path: Path, samples: _Samples) -> None:
+    extensions = sorted({extension for _, members in samples for extension in members})
+    if len(extensions) > MAX_EXTENSIONS:
+        raise ConfigError(
+            f"{path}: {len(extensions)} different extensions, for instance .{extensions[0]}: the extension starts at "
+            "the first dot of a name, so pack the tar again with no other dot in its names"
+        )
+    absent = (-1, 0)
+    places = [[members.get(extension, absent) for extension in extensions] for _, members in samples]
+    table = np.array(places, dtype=np.int64).reshape(len(samples), len(extensions), 2)  # [n, E, (offset, size)]
+    arrays = {
+        "keys": np.array([key.encode("utf-8", "surrogateescape") for key, _ in samples], dtype=np.bytes_),
+        "extensions": np.array(extensions, dtype=np.str_),
+        "offsets": table[..., 0],
+        "sizes": table[..., 1],
+        "tar_bytes": np.int64(path.stat().st_size),
+    }
+    _write_atomically(_sidecar(path), lambda file: np.savez(file, **arrays))
+
+
+def _write_manifest(folder: Path) -> None:
+    """List every indexed tar of `folder`, also those of earlier calls."""
+    tars = [tar for tar in sorted(folder.glob("*.tar")) if _sidecar(tar).exists()]
+    rows = []
+    for tar in tars:
+        sizes, tar_bytes = _read_sidecar(tar, "sizes", "tar_bytes")
+        rows.append({"file": tar.name, "samples": len(sizes), "bytes": int(tar_bytes)})
+    manifest = {"samples": sum(row["samples"] for row in rows), "shards": rows}
+    text = json.dumps(manifest, indent=1).encode() + b"\n"
+    path = folder / "manifest.json"
+    if not path.exists() or path.read_bytes() != text:  # a folder that is indexed may be read-only
+        _require_writable(folder)
+        _write_atomically(path, lambda file: file.write(text))
+
+
+def _write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """`path` holds all of what `write` writes, or what it held before."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _load_shard(path: Path, caption: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[str]]:
+    """(offsets [n, 2], sizes [n, 2], keys [n], extensions) of one tar, image first, then caption."""
+    if not _sidecar(path).exists():
+        raise ConfigError(f"{path}: has no index: run kd-accel index {path.parent}")
+    keys, names, offsets, sizes, indexed = _read_sidecar(path, "keys", "extensions", "offsets", "sizes", "tar_bytes")
+    if (size := path.stat().st_size) != indexed:
+        raise ConfigError(
+            f"{path}: has {size:,} bytes but had {indexed:,} when it was indexed, so it was truncated or replaced: "
+            f"fetch it again, or run kd-accel index {path.parent}"
+        )
+    extensions = names.tolist()
+    chosen = np.full((len(keys), 2), -1), np.zeros((len(keys), 2), dtype=np.int64)
+    for column, wanted in enumerate([IMAGE_EXTENSIONS, (caption,)]):
+        for extension in [name for name in reversed(wanted) if name in extensions]:
+            place = extensions.index(extension)
+            present = offsets[:, place] >= 0
+            for target, source in zip(chosen, (offsets, sizes), strict=True):
+                target[present, column] = source[present, place]
+    return *chosen, keys, extensions
+
+
+def _read_sidecar(path: Path, *names: str) -> list[np.ndarray]:
+    """The arrays `names` of the index of the tar `path`."""
+    try:
+        with _sidecar(path).open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+            return [arrays[name] for name in names]
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise ConfigError(
+            f"{_sidecar(path)}: cannot be read ({error}): delete it and run kd-accel index {path.parent}"
+        ) from None

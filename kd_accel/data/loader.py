@@ -1,0 +1,191 @@
+"""Training batches in one exact order, for any number of workers and ranks.
+
+Rank r takes rows [r*b : (r+1)*b] of every global batch of order.py. What has been yielded, not what the workers have
+prefetched, is the state, so a run goes on at exactly the next batch. b rows of this rank, T tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from kd_accel.config import DataConfig
+from kd_accel.data.index import expand_shards, load_index
+from kd_accel.data.order import epoch_order, num_batches
+from kd_accel.data.shards import BadSample, Sample, ShardReader
+from kd_accel.data.transforms import decode, train_view
+from kd_accel.schema import ConfigError
+from kd_accel.types import Batch, InputContract
+
+MAX_TRIES = 100  # samples in a row, from a bad one on, until the data counts as unusable
+
+
+class TrainLoader:
+    """Iterates over batches without end, from the loaded state on; `iter` again goes on after the last yielded batch.
+
+    Raises ConfigError for unusable shards, too few samples, and a global batch that cannot be dealt evenly.
+    """
+
+    batch_size: int  # rows of this rank
+    global_batch: int  # rows of all ranks
+    num_samples: int  # N
+    steps_per_epoch: int  # whole global batches
+
+    epoch: int  # of the next batch
+    batches_done: int  # yielded in this epoch, 0 <= batches_done < steps_per_epoch
+    bad_samples: list[dict[str, Any]]  # records of yielded batches since the last take_bad()
+
+    def __init__(
+        self, config: DataConfig, *, contracts: dict[str, InputContract], seed: int, rank: int, world_size: int
+    ):
+        paths = expand_shards(config.shards)
+        index = load_index(paths, caption=config.caption)
+        self.batch_size = _rows_per_rank(config, world_size)
+        self.global_batch = self.batch_size * world_size
+        self.num_samples = index.num_samples
+        self.steps_per_epoch = num_batches(self.num_samples, self.global_batch)
+        self.epoch, self.batches_done, self.bad_samples = 0, 0, []
+        self._config, self._seed, self._rank = config, seed, rank
+        self._shard_sizes = index.shard_sizes
+        self._tokens_of = {name: _token_kind(contract) for name, contract in contracts.items()}
+        self._rows = _Rows(ShardReader(paths, index), config, contracts, seed)
+
+    def __iter__(self) -> Iterator[Batch]:
+        """One set of workers serves all epochs: forking them anew would stall the devices at every epoch's start.
+
+        A worker uses one thread: torch sees to its own, open_clip (on import) to the tokenizers'.
+        """
+        loader = DataLoader(
+            self._rows,
+            sampler=self._schedule(self.epoch, self.batches_done),
+            batch_size=None,
+            num_workers=self._config.num_workers,
+            collate_fn=_as_it_is,
+            pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator(),  # torch would draw the workers' seed from the global generator
+        )
+        for item in loader:
+            if isinstance(item, ConfigError):
+                raise item
+            ids, image, tokens, bad = item
+            self.bad_samples += bad
+            self._count_batch()
+            yield Batch(ids, image, {name: tokens[kind] for name, kind in self._tokens_of.items()})
+
+    def take_bad(self) -> list[dict[str, Any]]:
+        """{id, key, shard, reason, replaced_by, epoch} of each sample replaced in the batches since the last call."""
+        taken, self.bad_samples = self.bad_samples, []
+        return taken
+
+    def state_dict(self) -> dict[str, int]:
+        """The next batch's place, and what the order was dealt from."""
+        return {"epoch": self.epoch, "batches_done": self.batches_done, **self._dealt_from()}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on at the next batch; call it before `iter`. Raises ConfigError when the order is no longer the same."""
+        keys = {
+            "seed": "seed",
+            "shuffle_window": "data.shuffle_window",
+            "global_batch": "data.global_batch_size",
+            "num_samples": "data.shards",
+        }
+        for name, now in self._dealt_from().items():
+            if state[name] != now:
+                raise ConfigError(
+                    f"{keys[name]}: the checkpoint's order was dealt with {name}={state[name]}, this run has "
+                    f"{name}={now}: an exact resume needs the same {name}"
+                )
+        self.epoch, self.batches_done = state["epoch"], state["batches_done"]
+
+    def _dealt_from(self) -> dict[str, int]:
+        return {
+            "seed": self._seed,
+            "shuffle_window": self._config.shuffle_window,
+            "global_batch": self.global_batch,
+            "num_samples": self.num_samples,
+        }
+
+    def _count_batch(self) -> None:
+        done = self.batches_done + 1
+        self.epoch, self.batches_done = self.epoch + done // self.steps_per_epoch, done % self.steps_per_epoch
+
+    def _schedule(self, epoch: int, batches_done: int) -> Iterator[tuple[int, np.ndarray]]:
+        """(epoch, ids [b] of this rank) of every batch from the given place on, without end."""
+        mine = slice(self._rank * self.batch_size, (self._rank + 1) * self.batch_size)
+        window = self._config.shuffle_window
+        while True:
+            order = epoch_order(
+                self._shard_sizes, seed=self._seed, epoch=epoch, window=window, global_batch=self.global_batch
+            )
+            for ids in order[batches_done:, mine]:
+                yield epoch, ids
+            epoch, batches_done = epoch + 1, 0
+
+
+class _Rows(Dataset):
+    """(epoch, ids [b]) -> (used ids [b], views [b, 3, H, W] uint8, tokens, bad records); lives in the workers."""
+
+    def __init__(self, reader: ShardReader, config: DataConfig, contracts: dict[str, InputContract], seed: int):
+        self._reader, self._augment, self._seed = reader, config.augment, seed
+        heights, widths = zip(*(contract.image_size for contract in contracts.values()), strict=True)
+        self._size = max(heights), max(widths)
+        self._tokenizers = {_token_kind(contract): contract.tokenize for contract in contracts.values()}
+
+    def __getitem__(self, item: tuple[int, np.ndarray]) -> tuple[Tensor, Tensor, dict, list[dict]] | ConfigError:
+        epoch, ids = item
+        try:
+            samples, views, bad = zip(*(self._usable(int(i), epoch) for i in ids), strict=True)
+        except ConfigError as error:
+            return error  # raised by TrainLoader: torch would bury its one line in the worker's traceback
+        captions = [sample.caption for sample in samples]
+        tokens = {kind: tokenize(captions) for kind, tokenize in self._tokenizers.items()}
+        used = torch.tensor([sample.id for sample in samples])
+        return used, torch.stack(views), tokens, [record for record in bad if record is not None]
+
+    def _usable(self, sample_id: int, epoch: int) -> tuple[Sample, Tensor, dict | None]:
+        """The sample, or the next usable one and the record of the replacement: the same on every rank and worker."""
+        total = self._reader.index.num_samples
+        reasons = []
+        for tried in range(min(MAX_TRIES, total)):
+            try:
+                sample, view = self._read((sample_id + tried) % total, epoch)
+            except BadSample as bad:
+                reasons.append(bad.reason)
+                continue
+            return sample, view, self._record(sample_id, reasons[0], sample.id, epoch) if reasons else None
+        where = f"{self._reader.key(sample_id)} in {self._reader.shard(sample_id)}"
+        raise ConfigError(f"data.shards: no usable sample in {len(reasons)} in a row from {where} on: {reasons[0]}")
+
+    def _read(self, sample_id: int, epoch: int) -> tuple[Sample, Tensor]:
+        sample = self._reader.read(sample_id)
+        rng = np.random.default_rng([self._seed, epoch, sample_id])
+        return sample, train_view(decode(sample.image), self._size, self._augment, rng)
+
+    def _record(self, sample_id: int, reason: str, replaced_by: int, epoch: int) -> dict[str, Any]:
+        place = {"id": sample_id, "key": self._reader.key(sample_id), "shard": str(self._reader.shard(sample_id))}
+        return {**place, "reason": reason, "replaced_by": replaced_by, "epoch": epoch}
+
+
+def _rows_per_rank(config: DataConfig, world_size: int) -> int:
+    if config.global_batch_size is None:
+        return config.batch_size
+    if config.global_batch_size % world_size:
+        raise ConfigError(
+            f"data.global_batch_size={config.global_batch_size} cannot be dealt evenly to {world_size} processes: "
+            f"choose a multiple of {world_size}"
+        )
+    return config.global_batch_size // world_size
+
+
+def _token_kind(contract: InputContract) -> tuple[str, int]:
+    """Models of one kind share their tokens."""
+    return contract.tokenizer, contract.context_length
+
+
+def _as_it_is(item):
+    return item

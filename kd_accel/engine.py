@@ -1,0 +1,305 @@
+"""Accelerate and DeepSpeed behind four verbs: forward, backward, step, and the student's fp32 state by name.
+
+The rest of kd_accel never asks which engine runs: one process, DDP, or DeepSpeed ZeRO 1, 2, 3, chosen by the launcher
+(`accelerate launch --config_file launch/zero2.yaml ...`). What the stack would do silently wrong is an error here.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from contextlib import nullcontext
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kd_accel import distributed
+from kd_accel.config import TrainConfig
+from kd_accel.models.pair import Pair
+from kd_accel.models.student import Student
+from kd_accel.models.teacher import Teacher
+from kd_accel.schema import ConfigError
+from kd_accel.types import Batch
+
+MOMENTS = ("exp_avg", "exp_avg_sq")  # what AdamW remembers of each parameter
+
+
+@dataclass
+class OptimizerState:
+    """AdamW's memory by parameter name, free of rank, stage and engine; fp32 on the CPU, filled on rank 0 only."""
+
+    step: int  # optimizer steps applied
+    moments: dict[str, dict[str, Tensor]]  # exp_avg | exp_avg_sq -> parameter name -> tensor
+
+
+def start_accelerator(*, precision: str, batch_size: int, grad_clip_norm: float, timeout_s: float = 1800):
+    """The Accelerator of this run, with everything that engines guess written out.
+
+    Reads the launcher's environment; raises ConfigError for combinations that would train something else than asked.
+    """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    on_cpu = not torch.cuda.is_available()
+    if on_cpu:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    from accelerate import Accelerator, InitProcessGroupKwargs
+
+    timeout = timedelta(seconds=timeout_s)
+    # Without the backend's name Accelerate believes on a machine without GPU that every rank is alone.
+    handlers = [InitProcessGroupKwargs(backend="gloo" if on_cpu else "nccl", timeout=timeout)]
+    mixed = "bf16" if precision == "bf16" else "no"
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") != "true":
+        alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+        accelerator = Accelerator(cpu=on_cpu, mixed_precision=mixed, kwargs_handlers=[] if alone else handlers)
+    else:
+        plugin = _deepspeed_plugin(precision=precision, batch_size=batch_size, grad_clip_norm=grad_clip_norm)
+        accelerator = Accelerator(deepspeed_plugin=plugin, mixed_precision=mixed, kwargs_handlers=handlers)
+        from transformers.integrations import unset_hf_deepspeed_config
+
+        unset_hf_deepspeed_config()  # or transformers would partition any model built from here on, with wrong weights
+    _check_launch(accelerator)
+    return accelerator
+
+
+def end_accelerator() -> None:
+    """Leave the process group and forget Accelerate's settings, so that another run may start in this process."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    distributed.shut_down()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+def _deepspeed_plugin(*, precision: str, batch_size: int, grad_clip_norm: float):
+    """The launcher's DeepSpeed settings (stage, offload), with our batch, clipping and precision written into them."""
+    if os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("true", "1"):
+        raise ConfigError("ACCELERATE_USE_CPU turns DeepSpeed off without a word: unset it; a machine without GPU is detected")
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    import deepspeed
+    from accelerate.utils import DeepSpeedPlugin
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # Its shared-memory collectives are compiled at start-up, for half a minute, and gloo does the same work.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    for key, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
+        os.environ.setdefault(key, value)
+    plugin = DeepSpeedPlugin()
+    stage = plugin.deepspeed_config["zero_optimization"]["stage"]
+    if stage == 0:
+        raise ConfigError("DeepSpeed stage 0 takes a hidden optimizer step at start-up: use stage 1, or launch/ddp.yaml")
+    plugin.deepspeed_config.update(
+        train_micro_batch_size_per_gpu=batch_size,
+        gradient_accumulation_steps=1,
+        gradient_clipping=grad_clip_norm,  # DeepSpeed's own default is 1.0
+        zero_allow_untested_optimizer=True,
+        bf16={"enabled": precision == "bf16"},
+    )
+    return plugin
+
+
+def _check_launch(accelerator) -> None:
+    """The launcher and Accelerate must agree on what runs."""
+    asked = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != asked:
+        raise ConfigError(f"launched {asked} processes but Accelerate runs {accelerator.num_processes}: see launch/ for files that work")
+    deepspeed_asked = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"
+    if deepspeed_asked != (accelerator.distributed_type.value == "DEEPSPEED"):
+        raise ConfigError(f"asked for DeepSpeed={deepspeed_asked} but Accelerate chose {accelerator.distributed_type.value}")
+
+
+class Engine:
+    """The prepared student, with its teacher and its optimizer."""
+
+    def __init__(
+        self,
+        accelerator,
+        student: Student,
+        teacher: Teacher | None,
+        *,
+        optimizer: torch.optim.Optimizer,
+        config: TrainConfig,
+    ):
+        """Prepare student and optimizer, and the teacher with them unless its placement is `replicated`."""
+        self.accelerator = accelerator
+        self.grad_clip_norm = config.optim.grad_clip_norm
+        self.zero_stage = accelerator.deepspeed_plugin.zero_stage if accelerator.deepspeed_plugin else 0
+        self.student = student
+        if teacher is not None and config.precision == "bf16":
+            teacher.to(torch.bfloat16)  # frozen: no master weights to keep
+        inside = teacher is not None and config.teacher.placement == "engine"
+        self.replicated = None if inside or teacher is None else teacher.to(accelerator.device)
+        pair = Pair(student, teacher if inside else None)
+        _check_coverage(pair, optimizer)
+        exact = {name: p.detach().clone() for name, p in student.named_parameters()}
+        self.module, self.optimizer = accelerator.prepare(pair, optimizer)
+        self._check_engine()
+        if self.zero_stage and config.precision == "bf16":
+            self.load_weights(exact)  # DeepSpeed makes its fp32 masters from the weights after their rounding to bf16
+
+    def forward(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """(student's, teacher's) raw features of this rank; the teacher's are empty without one."""
+        out = self.module(batch.image, batch.text["student"], batch.text.get("teacher"))
+        if self.replicated is not None:
+            return out["student"], self.replicated(batch.image, batch.text["teacher"])
+        return out["student"], out.get("teacher", {})
+
+    def backward(self, features: dict[str, Tensor], gradients: dict[str, Tensor]) -> None:
+        """Send the gradients of this rank's features into the towers.
+
+        DDP and DeepSpeed average over ranks, the objective's gradients are those of the global mean: hence world_size.
+        """
+        surrogate = sum((features[name].float() * gradients[name]).sum() for name in gradients)
+        surrogate = surrogate * distributed.world_size()
+        self.module.backward(surrogate) if self.zero_stage else surrogate.backward()
+
+    def step(self, lr: float) -> tuple[bool, float]:
+        """Clip, take the step at `lr`, clear the gradients. Returns (applied, gradient norm before clipping).
+
+        A step with a non-finite gradient is not applied, on any rank.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        if self.zero_stage:
+            self.module.step()
+            return self.module.was_step_applied(), float(self.module.get_global_grad_norm())
+        norm = nn.utils.clip_grad_norm_(self.student.parameters(), self.grad_clip_norm or float("inf"))
+        applied = bool(torch.isfinite(norm))
+        if applied:
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        return applied, float(norm)
+
+    # The student's state by name, whatever the engine -----------------------------------------------------------------
+
+    def weights(self) -> dict[str, Tensor]:
+        """The student's parameters, from the fp32 masters, and its buffers: name -> fp32 CPU tensor. Collective.
+
+        Complete on rank 0; empty on the others, which only take part.
+        """
+        state = {}
+        for name, parameter in self.student.named_parameters():
+            full = self._full(parameter)
+            if distributed.is_main():
+                state[name] = full.detach().float().cpu().clone()
+        if distributed.is_main():
+            persistent = self.student.state_dict().keys() - state.keys()
+            state |= {n: b.detach().cpu().clone() for n, b in self.student.named_buffers() if n in persistent}
+        return state
+
+    def load_weights(self, state: dict[str, Tensor]) -> None:
+        """Set parameters (masters and their low-precision copies) and buffers from fp32 tensors. Every rank has `state`."""
+        buffers = dict(self.student.named_buffers())
+        for name, parameter in self.student.named_parameters():
+            self._set_full(parameter, state[name])
+        for name in state.keys() & buffers.keys():
+            buffers[name].copy_(state[name])
+
+    def optimizer_state(self) -> OptimizerState:
+        """AdamW's memory by parameter name; collective, complete on rank 0."""
+        inner = self._adamw()
+        steps = {int(state["step"]) for state in inner.state.values() if "step" in state}
+        assert len(steps) <= 1, f"parameters took different numbers of steps: {steps}"
+        moments: dict[str, dict[str, Tensor]] = {key: {} for key in MOMENTS}
+        self._link_moments()
+        for name, parameter in self.student.named_parameters() if steps else []:
+            for key in MOMENTS:
+                full = self._full(parameter, key)
+                if distributed.is_main():
+                    moments[key][name] = full.detach().float().cpu().clone()
+        return OptimizerState(step=max(steps, default=0), moments=moments)
+
+    def load_optimizer_state(self, saved: OptimizerState) -> None:
+        """Continue from `saved`, which every rank has; the engine may be another one than the one that saved it."""
+        if saved.step == 0:
+            return
+        inner = self._adamw()
+        for group in inner.param_groups:
+            for flat in group["params"]:
+                zeros = {key: torch.zeros_like(flat, dtype=torch.float32) for key in MOMENTS}
+                inner.state[flat] = {"step": torch.tensor(float(saved.step)), **zeros}
+        self._link_moments()
+        for name, parameter in self.student.named_parameters():
+            for key in MOMENTS:
+                self._set_full(parameter, saved.moments[key][name], key)
+
+    def _link_moments(self) -> None:
+        """Let DeepSpeed 0.19 find the moments of every group under ZeRO-1 and 2.
+
+        By itself it links them once, in the middle of the first step, when only the first group has any.
+        """
+        if self.zero_stage in (1, 2) and self._adamw().state:
+            self._zero._hp_optimizer_states_linked = False
+            self._zero._lazy_init_hp_params_optimizer_state()
+
+    @property
+    def _zero(self):
+        """DeepSpeed's ZeRO optimizer."""
+        return self.module.optimizer
+
+    def _adamw(self) -> torch.optim.Optimizer:
+        """The torch optimizer that really steps: over our parameters, or over DeepSpeed's flat partitions of them."""
+        return self._zero.optimizer if self.zero_stage else self.optimizer.optimizer
+
+    def _full(self, parameter: nn.Parameter, key: str | None = None) -> Tensor:
+        """The whole fp32 parameter, or its moment `key`, on every rank."""
+        if not self.zero_stage:
+            return parameter if key is None else self._adamw().state[parameter][key]
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        return safe_get_full_fp32_param(parameter) if key is None else safe_get_full_optimizer_state(parameter, key)
+
+    @torch.no_grad()
+    def _set_full(self, parameter: nn.Parameter, value: Tensor, key: str | None = None) -> None:
+        """The inverse of `_full`; `value` is the same on every rank."""
+        value = value.to(parameter.device)
+        if not self.zero_stage:
+            self._full(parameter, key).copy_(value)
+            return
+        if self.zero_stage == 3:
+            self._set_partition(parameter, value, key)
+        elif key is None:
+            parameter.set_full_hp_param(value.float())
+        else:
+            parameter.set_full_hp_param(value.float(), key)
+        if key is None:
+            with self._gathered(parameter):
+                parameter.copy_(value)
+
+    def _set_partition(self, parameter: nn.Parameter, value: Tensor, key: str | None) -> None:
+        """ZeRO-3: write this rank's slice; DeepSpeed's own full setter cannot, where the last slice is padded."""
+        from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
+
+        size = parameter.ds_tensor.numel()
+        padded = F.pad(value.float().flatten(), (0, size * distributed.world_size() - value.numel()))
+        mine = padded[size * distributed.rank() : size * (distributed.rank() + 1)]
+        if key is None:
+            safe_set_local_fp32_param(parameter, mine)
+        else:
+            safe_set_local_optimizer_state(parameter, mine, key)
+
+    def _gathered(self, parameter: nn.Parameter):
+        """A context in which the parameter's own (low-precision) data is whole and writable."""
+        if self.zero_stage != 3:
+            return nullcontext()
+        import deepspeed
+
+        return deepspeed.zero.GatheredParameters([parameter], modifier_rank=0)
+
+    def _check_engine(self) -> None:
+        """What was prepared is what was asked for."""
+        kind = type(self.module).__name__
+        wanted = "DeepSpeedEngine" if self.zero_stage else "DistributedDataParallel" if distributed.world_size() > 1 else None
+        if wanted is not None:
+            assert kind == wanted, f"the launch asked for {wanted}, Accelerate prepared {kind}"
+
+
+def _check_coverage(pair: Pair, optimizer: torch.optim.Optimizer) -> None:
+    """Every trainable parameter is in exactly one group: one left out would silently stay as it is."""
+    trained = [p for p in pair.parameters() if p.requires_grad]
+    grouped = [p for group in optimizer.param_groups for p in group["params"]]
+    assert len(grouped) == len({id(p) for p in grouped}), "a parameter is in two optimizer groups"
+    assert {id(p) for p in grouped} == {id(p) for p in trained}, "the optimizer and the trainable parameters differ"
+    odd = [name for name, p in pair.named_parameters() if p.ndim == 0 or not p.is_contiguous()]
+    assert not odd, f"DeepSpeed cannot prepare 0-dim or non-contiguous parameters: {odd}"

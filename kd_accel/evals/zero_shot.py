@@ -1,0 +1,60 @@
+"""Zero-shot classification as in CLIP (arXiv:2103.00020, section 3.1) and DataComp: prompts are the classifier.
+
+n images, C classes, P prompt templates, d embedding width.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kd_accel.evals.encoder import Encoder, encode_all_texts, map_images
+from kd_accel.evals.folders import EvalSet, Sample
+
+
+def classifier(
+    encoder: Encoder, class_names: tuple[str, ...], templates: tuple[str, ...], *, batch_size: int
+) -> Tensor:  # [C, d]
+    """One unit row per class: the mean of its normalised prompts, normalised again."""
+    prompts = [template.replace("{c}", name) for name in class_names for template in templates]
+    features = encode_all_texts(encoder, prompts, batch_size=batch_size)  # [C * P, d]
+    return F.normalize(features.unflatten(0, (len(class_names), len(templates))).mean(1), dim=-1)
+
+
+def evaluate_zero_shot(
+    encoder: Encoder, eval_set: EvalSet, samples: list[Sample], *, batch_size: int, num_workers: int
+) -> tuple[int, dict[str, float | None]]:
+    """(images that counted, metrics); alike on every rank."""
+    weights = classifier(encoder, eval_set.class_names, eval_set.templates, batch_size=batch_size)
+    rows, predictions = map_images(
+        encoder,
+        eval_set,
+        samples,
+        lambda features: best_classes(100 * features @ weights.T),
+        batch_size=batch_size,
+        num_workers=num_workers,
+    )
+    labels = torch.tensor([samples[row].label for row in rows.tolist()])
+    return len(rows), accuracy(predictions.cpu(), labels, num_classes=len(weights))
+
+
+def best_classes(logits: Tensor) -> Tensor:  # [n, C] -> [n, min(5, C)] int64
+    """The five best classes of each row, best first; of equal logits the lower class index comes first."""
+    return logits.sort(dim=1, descending=True, stable=True).indices[:, :5]
+
+
+def accuracy(predictions: Tensor, labels: Tensor, *, num_classes: int) -> dict[str, float | None]:
+    """acc1, acc5 and mean_per_class_recall (shares, 0..1) of `predictions` [n, <= 5], best first, for `labels` [n].
+
+    acc5 is None below five classes; the mean is over the classes that occur in `labels`, as in DataComp.
+    """
+    hits = predictions == labels[:, None]
+    totals = labels.bincount(minlength=num_classes).double()  # [C]
+    correct = labels[hits[:, 0]].bincount(minlength=num_classes).double()
+    seen = totals > 0
+    return {
+        "acc1": hits[:, 0].double().mean().item(),
+        "acc5": hits.any(1).double().mean().item() if num_classes >= 5 else None,
+        "mean_per_class_recall": (correct[seen] / totals[seen]).mean().item(),
+    }

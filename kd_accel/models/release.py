@@ -1,0 +1,183 @@
+"""A release is a directory in open_clip's format: what a checkpoint keeps as student/, and what goes to the Hub.
+
+    open_clip_config.json          {"model_cfg": ..., "preprocess_cfg": ...}
+    open_clip_model.safetensors    fp32, with logit_scale and, for sigmoid losses, logit_bias
+    vocab.json merges.txt tokenizer.json tokenizer_config.json
+
+    open_clip.create_model_and_transforms("local-dir:DIRECTORY"); open_clip.get_tokenizer("local-dir:DIRECTORY")
+
+The tokenizer files are for transformers. open_clip does not look at them unless text_cfg has hf_tokenizer_name: with
+CLIP's BPE it uses the one that it carries, so tokens are those of the training.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
+from open_clip.transform import PreprocessCfg, merge_preprocess_dict
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from kd_accel.models.towers import CLIP_BPE, Scale, construct, input_contract, skip_timm_download, take_scale
+from kd_accel.schema import ConfigError
+from kd_accel.types import InputContract
+
+CONFIG = "open_clip_config.json"
+WEIGHTS = "open_clip_model.safetensors"
+
+
+def write_release(
+    directory: Path,
+    *,
+    state: dict[str, Tensor],
+    model_cfg: dict[str, Any],
+    contract: InputContract,
+    log_scale: float,
+    logit_bias: float | None,
+) -> None:
+    """Write `directory`, which must not exist yet: complete or not at all.
+
+    `state` is the open_clip state without its scales; floating-point tensors are written as fp32.
+    """
+    assert not directory.exists(), f"{directory} is already there"
+    partial = directory.with_name(f".partial_{directory.name}")
+    if partial.exists():
+        shutil.rmtree(partial)  # left by a process that was killed
+    partial.mkdir(parents=True)
+    scales = {"logit_scale": log_scale} | ({} if logit_bias is None else {"logit_bias": logit_bias})
+    weights = state | {key: torch.tensor(value) for key, value in scales.items()}
+    save_file({key: _storable(tensor) for key, tensor in weights.items()}, partial / WEIGHTS, metadata={"format": "pt"})
+    config = {"model_cfg": _with_bias(model_cfg, logit_bias), "preprocess_cfg": _preprocess_cfg(contract)}
+    (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    _write_tokenizer(partial, contract)
+    os.rename(partial, directory)
+
+
+def read_release(directory: Path) -> tuple[nn.Module, InputContract, dict[str, Any], Scale]:
+    """(model in eval mode, contract, model_cfg, scale) of a release; its weights are safetensors, and fit to the key.
+
+    Raises ConfigError, one line, for a missing or damaged file, a pickle, and weights of another model.
+    """
+    config = _read_config(directory / CONFIG)
+    model_cfg = config["model_cfg"]
+    skip_timm_download(model_cfg)
+    where = f"{directory / CONFIG}: model_cfg"
+    weights = _read_weights(directory / WEIGHTS)
+    model = construct(model_cfg, where=where)
+    _fill(model, weights, directory / WEIGHTS)
+    pixels = merge_preprocess_dict(PreprocessCfg(), config.get("preprocess_cfg", {}))
+    contract = input_contract(model, model_cfg, pixels, where=where, folder=directory)
+    return model.eval(), contract, model_cfg, take_scale(model)
+
+
+def resolve_release(path: str) -> Path:
+    """The release behind `path`: itself, student/ of a checkpoint, or student/ of a run's newest checkpoint.
+
+    Raises ConfigError that lists what was looked for.
+    """
+    folder = Path(path)
+    if (folder / CONFIG).is_file():
+        return folder
+    if (folder / "student" / CONFIG).is_file():
+        return folder / "student"
+    latest = folder / "checkpoints" / "latest"
+    if latest.is_file():
+        release = latest.parent / latest.read_text(encoding="utf-8").strip() / "student"
+        if (release / CONFIG).is_file():
+            return release
+        raise ConfigError(f"{path}: {latest} names {release.parent.name}, but there is no {release / CONFIG}")
+    if not folder.is_dir():
+        raise ConfigError(f"{path}: no such directory (a release, a checkpoint or a run is needed)")
+    raise ConfigError(
+        f"{path}: no model here; looked for {CONFIG} (a release), student/{CONFIG} (a checkpoint)"
+        " and checkpoints/latest (a run with a checkpoint)"
+    )
+
+
+# Writing --------------------------------------------------------------------------------------------------------------
+
+
+def _storable(tensor: Tensor) -> Tensor:
+    """fp32 unless it counts something (BatchNorm's num_batches_tracked)."""
+    return (tensor.float() if tensor.is_floating_point() else tensor).contiguous()
+
+
+def _with_bias(model_cfg: dict[str, Any], logit_bias: float | None) -> dict[str, Any]:
+    """open_clip makes a logit_bias, and then wants one in the weights, where init_logit_bias is given."""
+    without = {k: v for k, v in model_cfg.items() if k not in ("init_logit_bias", "nonscalar_logit_scale")}
+    return without if logit_bias is None else without | {"init_logit_bias": logit_bias}
+
+
+def _preprocess_cfg(contract: InputContract) -> dict[str, Any]:
+    """open_clip's four keys; the size it takes from the model."""
+    return {key: getattr(contract, key) for key in ("mean", "std", "interpolation", "resize_mode")}
+
+
+def _write_tokenizer(directory: Path, contract: InputContract) -> None:
+    """The tokenizer as transformers reads it; without network, since open_clip carries CLIP's vocabulary."""
+    if isinstance(contract.tokenize, HFTokenizer):
+        contract.tokenize.save_pretrained(directory)
+    elif contract.tokenizer == CLIP_BPE:
+        _write_clip_bpe(directory, contract.tokenize)
+
+
+def _write_clip_bpe(directory: Path, tokenizer: SimpleTokenizer) -> None:
+    from transformers import CLIPTokenizer  # takes a second to import, and training starts without it
+
+    names = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
+    vocab = {names.get(token, token): index for token, index in tokenizer.encoder.items()}
+    merges = [" ".join(pair) for pair in sorted(tokenizer.bpe_ranks, key=tokenizer.bpe_ranks.get)]
+    (directory / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False), encoding="utf-8")
+    (directory / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n", encoding="utf-8")
+    CLIPTokenizer(
+        str(directory / "vocab.json"), str(directory / "merges.txt"), model_max_length=tokenizer.context_length
+    ).save_pretrained(directory)
+
+
+# Reading --------------------------------------------------------------------------------------------------------------
+
+
+def _read_config(file: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{file}: no such file; a release has it beside {WEIGHTS}") from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{file}: cannot be read: {error}") from None
+    if not (isinstance(config, dict) and isinstance(config.get("model_cfg"), dict)):
+        raise ConfigError(f'{file}: expected {{"model_cfg": {{...}}, "preprocess_cfg": {{...}}}}')
+    return config
+
+
+def _read_weights(file: Path) -> dict[str, Tensor]:
+    if not file.is_file():
+        others = [f.name for f in sorted(file.parent.iterdir()) if f.suffix in (".bin", ".pt", ".pth")]
+        hint = f"; {others[0]} is a pickle, which may run code: convert it to safetensors" if others else ""
+        raise ConfigError(f"{file}: no such file, so the release has no weights{hint}")
+    try:
+        return load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise ConfigError(f"{file}: truncated, or not safetensors: {error}") from None
+
+
+def _fill(model: nn.Module, weights: dict[str, Tensor], file: Path) -> None:
+    """Every key on both sides, every shape alike."""
+    wanted = model.state_dict()
+    for what, keys in (("lack", wanted.keys() - weights.keys()), ("have unknown", weights.keys() - wanted.keys())):
+        if keys:
+            raise ConfigError(f"{file}: not the model of {CONFIG}: the weights {what} {_few(keys)}")
+    if unlike := [key for key in wanted if wanted[key].shape != weights[key].shape]:
+        raise ConfigError(f"{file}: not the model of {CONFIG}: other shapes of {_few(unlike)}")
+    model.load_state_dict(weights)
+
+
+def _few(keys, limit: int = 3) -> str:
+    listed = ", ".join(sorted(keys)[:limit])
+    return listed if len(keys) <= limit else f"{listed} and {len(keys) - limit} more"

@@ -1,0 +1,54 @@
+"""The frozen model that is learned from: an open_clip model with its weights, or one of our own students."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from kd_accel.config import TeacherConfig
+from kd_accel.models.release import read_release, resolve_release
+from kd_accel.models.towers import build_open_clip, encode_image
+
+
+class Teacher(nn.Module):
+    """Frozen: no gradients, always in eval mode, in no checkpoint.
+
+    clip          the open_clip model
+    contract      what it wants as input
+    embed_dim     d
+    logit_scale   1 / temperature that it was trained to
+    logit_bias    None, or the bias that it was trained to
+    """
+
+    def __init__(self, config: TeacherConfig):
+        """Leaves torch's generator as it was: a seed gives the same student with and without a teacher.
+
+        Raises ConfigError when the model or its weights are not to be had.
+        """
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            if config.path is not None:
+                self.clip, self.contract, model_cfg, scale = read_release(resolve_release(config.path))
+            else:
+                self.clip, self.contract, model_cfg, scale = build_open_clip(
+                    config.arch, pretrained=config.pretrained, preprocess=None, name="teacher"
+                )
+        self.embed_dim: int = model_cfg["embed_dim"]
+        self.logit_scale = math.exp(scale.log_scale)
+        self.logit_bias = scale.bias
+        self.requires_grad_(False)
+        self.eval()
+
+    def train(self, mode: bool = True) -> Teacher:
+        """Stays in eval mode: the engine's train() reaches every submodule, and dropout would blur the targets."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(self, image: Tensor, text: Tensor) -> dict[str, Tensor]:
+        """uint8 `image[b,3,H,W]`, int64 `text[b,T]` -> raw embeddings "image", "text" `[b,d]`, without gradient."""
+        return {
+            "image": encode_image(self.clip, image, self.contract),
+            "text": self.clip.encode_text(text, normalize=False),
+        }

@@ -1,0 +1,236 @@
+"""kd-accel train: fetch, features, objective, backward, step, log, save.
+
+    accelerate launch --config_file launch/zero2.yaml -m kd_accel train configs/demo.yaml data.batch_size=128
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from pathlib import Path
+
+from accelerate.utils import set_seed
+
+from kd_accel import checkpoint, distributed
+from kd_accel.checkpoint import TrainState
+from kd_accel.config import TrainConfig
+from kd_accel.data.loader import TrainLoader
+from kd_accel.engine import Engine, end_accelerator, start_accelerator
+from kd_accel.metrics import MetricsLog, Throughput, write_environment
+from kd_accel.models.student import Student
+from kd_accel.models.teacher import Teacher
+from kd_accel.objective import NonFiniteLoss, Objective
+from kd_accel.optim import build_optimizer, learning_rates
+from kd_accel.schedules import Progress
+from kd_accel.schema import ConfigError, dump
+from kd_accel.terms import FeatureMSE, InteractiveContrastive
+
+log = logging.getLogger("kd_accel")
+
+MIN_SAMPLES_TO_JUDGE = 10_000  # or one epoch: before that a few bad samples say nothing of the share
+
+
+def run(config: TrainConfig) -> None:
+    """Train to the end of `config.optim`; a run that is already there only says so. Raises ConfigError."""
+    try:
+        trainer = Trainer(config)
+        try:
+            trainer.train()
+        finally:
+            trainer.metrics.close()
+    finally:
+        end_accelerator()
+
+
+class Trainer:
+    """One run. Attributes, in the order in which they come to be:
+
+    config, folder              what was asked for, where it is written
+    accelerator                 the launch: processes, device, precision
+    student, teacher            the models
+    loader                      batches of this rank
+    engine, objective           what turns features into a step
+    state, total_steps          where the run stands, where it ends
+    metrics, throughput         what it says
+    """
+
+    def __init__(self, config: TrainConfig):
+        self.config = config
+        self.folder = Path(config.output_dir) / config.name
+        resume_from = checkpoint.find(config, self.folder)  # before anything is written or built
+        self.accelerator = start_accelerator(
+            precision=config.precision, grad_clip_norm=config.optim.grad_clip_norm, batch_size=_batch_size(config)
+        )
+        set_seed(config.seed)  # weights start alike on every rank
+        self.teacher = None if config.teacher is None else Teacher(config.teacher)
+        self.student = Student(config.student, None if self.teacher is None else self.teacher.embed_dim)
+        self._check_widths()
+        self.loader = self._build_loader()
+        set_seed(config.seed + 1 + distributed.rank())  # dropout differs
+        self.objective = self._build_objective().to(self.accelerator.device)
+        optimizer = build_optimizer(self.student, config.optim)
+        self.engine = Engine(self.accelerator, self.student, self.teacher, optimizer=optimizer, config=config)
+        self.total_steps = config.optim.steps or config.optim.epochs * self.loader.steps_per_epoch
+        self.state = TrainState(global_batch=self.loader.global_batch)
+        self._open_folder(resume_from)
+
+    def train(self) -> None:
+        """Fetch, step, log, save, until the last step."""
+        self._announce()
+        batches = iter(self.loader)
+        while self.state.step < self.total_steps:
+            with self.throughput.waiting():
+                batch = next(batches).to(self.accelerator.device)
+            row = self._train_step(batch)
+            # once in a while: a row of metrics, a checkpoint
+            if self.state.step % self.config.log.every_steps == 0 or self.state.step == self.total_steps:
+                self._count_bad_samples()
+                self._log(row)
+            if self._save_is_due():
+                self._save()
+        if distributed.is_main():
+            log.info("done: %s", checkpoint.newest(self.folder))
+
+    def _train_step(self, batch) -> dict:
+        """One optimizer step; returns the row of metrics, tensors still on the device."""
+        progress = self._progress()
+        lr, temperature_lr = learning_rates(self.config.optim, progress, total_steps=self.total_steps)
+        student, teacher = self.engine.forward(batch)
+        try:
+            outcome = self.objective(student, teacher, progress)
+        except NonFiniteLoss as error:
+            raise NonFiniteLoss(f"step {progress.step + 1}: {error} (sample ids {batch.ids.tolist()})") from None
+        self.engine.backward(student, outcome.gradients)
+        applied, grad_norm = self.engine.step(lr)
+        if applied:
+            self.objective.step(temperature_lr)
+        self._advance(applied)
+        return {
+            "loss": outcome.loss,
+            **outcome.metrics,
+            "temperature": progress.temperature,
+            "lr": lr,
+            "temperature_lr": temperature_lr,
+            "grad_norm": grad_norm,
+        }
+
+    def _log(self, row: dict) -> None:
+        """One row of metrics; only here do the losses leave the device."""
+        state = self.state
+        where = {"step": state.step, "epoch": state.step / self.loader.steps_per_epoch, "samples": state.samples}
+        counts = {"skipped": state.skipped, "bad_samples": state.bad_samples}
+        values = {name: float(value) for name, value in row.items()}
+        self.metrics.log(where | values | counts | self.throughput.take())
+
+    def _advance(self, applied: bool) -> None:
+        self.state.step += 1
+        self.state.samples += self.loader.global_batch
+        self.state.skipped += not applied
+        self.throughput.add(self.loader.global_batch)
+
+    def _progress(self) -> Progress:
+        """Where the run stands before the next step."""
+        epoch = self.state.step / self.loader.steps_per_epoch
+        return Progress(self.state.step, epoch, self.state.samples, self.objective.temperature)
+
+    def _save_is_due(self) -> bool:
+        every = self.config.save.every_steps or self.loader.steps_per_epoch
+        return self.state.step % every == 0 or self.state.step == self.total_steps
+
+    def _save(self) -> None:
+        self._count_bad_samples()
+        self.state.data = self.loader.state_dict()
+        path = checkpoint.save(
+            self.folder, engine=self.engine, objective=self.objective, state=self.state, config=self.config
+        )
+        if distributed.is_main():
+            log.info("saved %s", path)
+
+    def _count_bad_samples(self) -> None:
+        """List this rank's unreadable samples with everybody's; raises ConfigError, on all ranks, when they are too many."""
+        records = [record for ranks in distributed.gather_objects(self.loader.take_bad()) for record in ranks]
+        if not records:
+            return
+        self.state.bad_samples += len(records)
+        path = self.folder / "bad_samples.jsonl"
+        if distributed.is_main():
+            with path.open("a") as file:
+                file.writelines(json.dumps(record) + "\n" for record in records)
+            log.warning("%d unreadable samples replaced so far, the last: %s", self.state.bad_samples, records[-1])
+        judged = max(self.state.samples, min(self.loader.num_samples, MIN_SAMPLES_TO_JUDGE))
+        if self.state.bad_samples > self.config.data.max_bad_fraction * judged:
+            last = records[-1]
+            raise ConfigError(
+                f"{self.state.bad_samples} unreadable samples, more than data.max_bad_fraction={self.config.data.max_bad_fraction}"
+                f" allows; the last: {last['shard']}, sample {last['key']}: {last['reason']}; all of them: {path}"
+            )
+
+    # Set-up -----------------------------------------------------------------------------------------------------------
+
+    def _check_widths(self) -> None:
+        """Terms that compare features need one width on both sides."""
+        if self.teacher is None or self.config.student.projector or self.teacher.embed_dim == self.student.embed_dim:
+            return
+        for name, term in self.config.objective.terms.items():
+            if isinstance(term, FeatureMSE | InteractiveContrastive):
+                raise ConfigError(
+                    f"objective.terms.{name} compares features of the student ({self.student.embed_dim} wide) and of the"
+                    f" teacher ({self.teacher.embed_dim} wide): set student.projector=linear, or that term to null"
+                )
+
+    def _build_loader(self) -> TrainLoader:
+        contracts = {"student": self.student.contract}
+        if self.teacher is not None:
+            contracts["teacher"] = self.teacher.contract
+        return TrainLoader(
+            self.config.data,
+            contracts=contracts,
+            seed=self.config.seed,
+            rank=distributed.rank(),
+            world_size=distributed.world_size(),
+        )
+
+    def _build_objective(self) -> Objective:
+        teacher_scale = 1.0 if self.teacher is None else self.teacher.logit_scale
+        return Objective(self.config.objective, teacher_scale=teacher_scale, betas=self.config.optim.betas)
+
+    def _open_folder(self, resume_from: Path | None) -> None:
+        """Load the checkpoint, if any, and make the run's files."""
+        changes: list[str] = []
+        if resume_from is not None:
+            saved = checkpoint.restore(resume_from, engine=self.engine, objective=self.objective)
+            changes = checkpoint.check_config(
+                resume_from, self.config, global_batch=self.loader.global_batch, state=saved
+            )
+            self.state = saved
+            self.loader.load_state_dict(saved.data)
+        if distributed.is_main():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / "config.yaml").write_text(dump(self.config))
+            write_environment(self.folder)
+        distributed.barrier()
+        at = {"start_step": self.state.step, "total_steps": self.total_steps}
+        self.metrics = MetricsLog(self.folder, self.config, accelerator=self.accelerator, **at)
+        self.throughput = Throughput()
+        if distributed.is_main() and resume_from is not None:
+            log.info("resumed from %s", "; changed: ".join([str(resume_from), *changes]))
+
+    def _announce(self) -> None:
+        """Say in sentences what the numbers of the config come to."""
+        if not distributed.is_main():
+            return
+        loader, ranks = self.loader, distributed.world_size()
+        engine = f"ZeRO-{self.engine.zero_stage}" if self.engine.zero_stage else "DDP" if ranks > 1 else "one process"
+        log.info("%s, %s, on %s", engine, self.config.precision, self.accelerator.device)
+        log.info(
+            "%d samples; %d per process x %d processes = %d samples per step; %d steps per epoch; %d steps in all",
+            *(loader.num_samples, loader.batch_size, ranks, loader.global_batch, loader.steps_per_epoch),
+            self.total_steps,
+        )
+
+
+def _batch_size(config: TrainConfig) -> int:
+    """Samples per process and step, known before the loader is, because DeepSpeed wants it first."""
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    return config.data.batch_size or max(1, config.data.global_batch_size // ranks)

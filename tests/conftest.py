@@ -1,0 +1,103 @@
+"""Fixtures that tests of more than one file use: where the data is, a free port, a seed, and runs of several ranks."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import tiny
+
+REPO = Path(__file__).resolve().parent.parent
+
+
+def _folder(variable: str, name: str) -> Path:
+    """The folder that the environment variable names, else ../shared/NAME beside the repository; skips without one."""
+    folder = Path(os.environ.get(variable, REPO.parent / "shared" / name))
+    if not folder.is_dir():
+        pytest.skip(f"needs the folder {name}: set {variable} to it")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def data_root() -> Path:
+    """Real image-caption pairs, zero-shot sets and small weights."""
+    return _folder("KD_ACCEL_DATA", "data")
+
+
+@pytest.fixture(scope="session")
+def golden_root() -> Path:
+    """Inputs and outputs of other people's implementations of the losses."""
+    return _folder("KD_ACCEL_GOLDEN", "golden")
+
+
+@pytest.fixture
+def free_port() -> int:
+    """A TCP port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    """Random tensors are the same in every run of a test; tests that never loaded torch need none."""
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)
+
+
+@pytest.fixture
+def run_ranks() -> Callable[..., str]:
+    return _run_ranks
+
+
+def _run_ranks(args: str | Path | list[str], nproc: int = 2, *, env: dict | None = None, timeout: float = 120) -> str:
+    """Run a Python script (or ["-m", "module", ...]) on `nproc` gloo ranks under torchrun; its output, stderr included.
+
+    A run that fails or outlives `timeout` seconds fails the test and shows what the ranks printed.
+    """
+    words = [str(word) for word in args] if isinstance(args, list) else [str(args)]
+    # --standalone takes a free port by itself and holds it: no race between two test runs on one machine
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"]
+    return run_process([*launcher, *words], env=env, timeout=timeout)
+
+
+def run_process(command: list[str], *, env: dict | None = None, timeout: float = 120, code: int = 0) -> str:
+    """Run `command` in the repository, without a GPU; its output. The test fails unless it ends in time with `code`."""
+    path = os.pathsep.join(filter(None, [str(REPO), str(REPO / "tests"), os.environ.get("PYTHONPATH")]))
+    quiet = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path}
+    with subprocess.Popen(
+        command,
+        cwd=REPO,
+        env={**os.environ, **quiet, **(env or {})},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,  # so that the ranks can be ended together with their launcher
+    ) as process:
+        try:
+            output, _ = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            output, _ = process.communicate()
+            pytest.fail(f"{' '.join(command)}\nwas still running after {timeout} s\n{output}")
+    if process.returncode != code:
+        pytest.fail(f"{' '.join(command)}\nended with {process.returncode} instead of {code}\n{output}")
+    return output
+
+
+@pytest.fixture(scope="session")
+def train_shards(tmp_path_factory) -> Path:
+    """40 captioned pictures in two indexed shards; read only."""
+    return tiny.write_shards(tmp_path_factory.mktemp("data") / "shards")
+
+
+@pytest.fixture(scope="session")
+def tiny_teacher(tmp_path_factory) -> Path:
+    """The release directory of an untrained CLIP; read only."""
+    return tiny.write_teacher(tmp_path_factory.mktemp("teacher") / "release")

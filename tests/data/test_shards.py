@@ -1,0 +1,86 @@
+"""Reading by id: the declared members, nothing else, and a reason for everything that cannot be used."""
+
+from __future__ import annotations
+
+import os
+import pickle
+
+import pytest
+
+from kd_accel.data import shards
+from kd_accel.data.index import build_index, expand_shards, load_index
+from kd_accel.data.shards import BadSample, ShardReader
+
+
+def reader(folder, caption="txt"):
+    paths = expand_shards(str(folder))
+    return ShardReader(paths, load_index(paths, caption=caption))
+
+
+def test_a_sample_is_what_was_packed(make_shards, jpeg):
+    """Id, key, image bytes and caption, from the first and the last row of every shard."""
+    read = reader(make_shards([3, 0, 2]))
+    for i in [0, 2, 3, 4]:
+        sample = read.read(i)
+        assert (sample.id, sample.key, sample.image) == (i, f"{i:06d}", jpeg(i))
+        assert sample.caption == f"caption {i}"
+    assert [read.shard(i).name for i in (2, 3)] == ["0000.tar", "0002.tar"]
+
+
+def test_captions_are_stripped_unicode(tmp_path, write_tar):
+    """UTF-8 text without the line end that most packers leave."""
+    build_index([write_tar(tmp_path / "0.tar", [("a", {"jpg": b"1", "cap": " caf\u00e9 \n".encode()})])])
+    assert reader(tmp_path, "cap").read(0).caption == "caf\u00e9"
+
+
+def test_every_image_extension_is_read_and_the_first_one_counts(tmp_path, write_tar):
+    """.jpg, .jpeg, .png and .webp in any case; other members are never touched."""
+    kinds = ["jpg", "jpeg", "png", "webp", "JPG"]
+    samples = [(f"{i}", {"pyd": b"?", kind: kind.encode(), "txt": b"t"}) for i, kind in enumerate(kinds)]
+    samples.append(("both", {"png": b"png", "jpg": b"jpg", "txt": b"t"}))
+    build_index([write_tar(tmp_path / "0.tar", samples)])
+    read = reader(tmp_path)
+    assert [read.read(i).image.decode() for i in range(6)] == [*kinds, "jpg"]
+
+
+@pytest.mark.parametrize("kind", ["no caption", "no image", "empty caption", "not UTF-8"])
+def test_unusable_members_say_why(make_shards, broken, kind):
+    """Each kind has its reason; its neighbours are read."""
+    read = reader(make_shards([3], {1: kind}))
+    with pytest.raises(BadSample) as error:
+        read.read(1)
+    assert error.value.reason == broken[kind][1]
+    assert read.read(0).id == 0
+    assert read.read(2).id == 2
+
+
+def test_a_tar_cut_while_training_gives_short_reads(make_shards):
+    """Not fewer bytes as if they were the member."""
+    folder = make_shards([2])
+    read = reader(folder)
+    os.truncate(folder / "0000.tar", read.index.offsets[1, 0] + 7)
+    assert read.read(0).id == 0
+    with pytest.raises(BadSample) as error:
+        read.read(1)
+    assert error.value.reason == f"short read: 7 of {read.index.sizes[1, 0]} bytes of the image"
+
+
+def test_a_reader_that_has_read_can_be_pickled(make_shards):
+    """Workers that are spawned get a copy without open files, which opens its own."""
+    read = reader(make_shards([2, 2]))
+    samples = [read.read(i) for i in (0, 3)]
+    pickled = pickle.dumps(read)
+    for file in read._files.values():  # as another process would find them
+        os.close(file)
+    copy = pickle.loads(pickled)
+    assert [copy.read(i) for i in (0, 3)] == samples
+
+
+def test_few_shards_are_open_at_a_time(make_shards, monkeypatch):
+    """Thousands of shards stay below the limit on open files, and every one of them stays readable."""
+    monkeypatch.setattr(shards, "MAX_OPEN", 2)
+    read = reader(make_shards([1] * 5))
+    before = len(os.listdir("/proc/self/fd"))
+    for i in [0, 1, 0, 2, 3, 4, 0, 1]:
+        assert read.read(i).id == i
+        assert len(os.listdir("/proc/self/fd")) <= before + 2

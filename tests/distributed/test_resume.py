@@ -1,0 +1,81 @@
+"""A run that is killed with SIGKILL and resumed is the run that was never killed, bit for bit."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import REPO, run_process
+from safetensors.torch import load_file
+
+pytestmark = pytest.mark.distributed
+
+STEPS, SAVE_EVERY = 14, 3
+DEEPSPEED = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}
+LAUNCHES = {
+    "one process": ([sys.executable], {}),
+    "ZeRO-2 on two": ([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"], DEEPSPEED),
+}
+
+
+def command(launcher: list[str], folder, shards, teacher, name: str, *extra: str) -> list[str]:
+    """`kd-accel train` of a tiny student whose patch dropout draws random numbers at every step."""
+    vision = "{image_size: 32, patch_size: 8, width: 16, layers: 1, head_width: 8, patch_dropout: 0.5}"
+    text = "{context_length: 12, vocab_size: 49408, width: 16, heads: 2, layers: 1}"
+    return [
+        *launcher, "-m", "kd_accel", "train", f"name={name}", f"output_dir={folder}", "precision=fp32",
+        f"data={{shards: {shards}, global_batch_size: 8, num_workers: 1, augment: {{scale: [0.5, 1.0]}}}}",
+        f"student.arch={{embed_dim: 8, vision_cfg: {vision}, text_cfg: {text}}}", "student.projector=linear",
+        f"teacher.path={teacher}",
+        "objective.terms={clip: {kind: clip}, feature: {kind: feature_mse, confidence: true}, kl: {kind: logit_kl}}",
+        f"optim={{lr: 0.01, steps: {STEPS}, warmup_steps: 2}}",
+        f"save.every_steps={SAVE_EVERY}", "log.every_steps=1", *extra,
+    ]  # fmt: skip
+
+
+def curve(run) -> list[dict]:
+    """metrics.jsonl without what depends on the clock."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k not in ("samples_per_second", "data_wait")} for row in rows]
+
+
+def kill_at(step: int, words: list[str], run, env: dict) -> None:
+    """Start `words` and SIGKILL all of its processes as soon as `step` is in metrics.jsonl."""
+    quiet = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(REPO)}
+    with open(run.with_suffix(".log"), "w") as log:
+        process = subprocess.Popen(
+            words, cwd=REPO, env={**os.environ, **quiet, **env}, stdout=log, stderr=log, start_new_session=True
+        )
+        deadline = time.monotonic() + 120
+        while not ((run / "metrics.jsonl").exists() and len(curve(run)) >= step):
+            assert process.poll() is None, run.with_suffix(".log").read_text()
+            assert time.monotonic() < deadline, "the run does not get to the step"
+            time.sleep(0.01)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+@pytest.mark.parametrize("launch", LAUNCHES)
+def test_killed_and_resumed_equals_uninterrupted(launch, tmp_path, train_shards, tiny_teacher):
+    """kill -9 at a random step, resume=auto: loss curve and final weights equal those of the whole run exactly."""
+    launcher, env = LAUNCHES[launch]
+    words = {name: command(launcher, tmp_path, train_shards, tiny_teacher, name) for name in ("whole", "killed")}
+    run_process(words["whole"], env=env)
+    step = random.Random().randint(SAVE_EVERY + 1, STEPS - 1)  # another one each time; shown when the test fails
+    kill_at(step, words["killed"], tmp_path / "killed", env)
+    run_process([*words["killed"], "resume=auto"], env=env)
+
+    whole, killed = curve(tmp_path / "whole"), curve(tmp_path / "killed")
+    assert [row["step"] for row in killed] == list(range(1, STEPS + 1))
+    assert killed == whole, f"killed at step {step}"
+    last = f"checkpoints/step_{STEPS:08d}/state"
+    for file in sorted((tmp_path / "whole" / last).glob("*.safetensors")):
+        want, got = load_file(file), load_file(tmp_path / "killed" / last / file.name)
+        assert want.keys() == got.keys()
+        for name in want:
+            assert torch.equal(want[name].nan_to_num(), got[name].nan_to_num()), f"{file.name}: {name} (killed at {step})"

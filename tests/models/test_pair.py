@@ -1,0 +1,45 @@
+"""Student and teacher as one module, and that module under ZeRO-3."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kd_accel.config import TeacherConfig
+from kd_accel.models.pair import Pair
+from kd_accel.models.teacher import Teacher
+
+
+@pytest.fixture
+def teacher(release):
+    return Teacher(TeacherConfig(path=str(release("timm"))))
+
+
+def test_forward_is_that_of_its_parts(student, teacher, view, captions):
+    """Each model gets its own tokens; the keys are "student" and "teacher"."""
+    model = student().eval()
+    own, other = model.contract.tokenize(captions), teacher.contract.tokenize(captions[::-1])
+    out = Pair(model, teacher)(view, own, other)
+    torch.testing.assert_close(out, {"student": model(view, own), "teacher": teacher(view, other)})
+
+
+def test_without_a_teacher_its_key_is_absent(student, view, captions):
+    model = student().eval()
+    out = Pair(model, None)(view, model.contract.tokenize(captions), None)
+    assert out.keys() == {"student"}
+
+
+def test_train_reaches_the_student_alone(student, teacher):
+    pair = Pair(student(), teacher)
+    pair.train()
+    assert pair.student.clip.training
+    assert not [module for module in pair.teacher.modules() if module.training]
+    pair.eval()
+    assert not pair.student.clip.training
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_under_zero3_features_and_gradients_are_the_same(precision, run_ranks, release):
+    """ZeRO-3 keeps no parameter whole outside forward; two ranks give the features and the step of the plain module."""
+    run_ranks(["tests/models/zero3_worker.py", str(release("timm")), precision])

@@ -1,0 +1,205 @@
+"""kd-accel train in one process, end to end: what a run writes, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tarfile
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+
+from kd_accel.config import TrainConfig
+from kd_accel.schema import ConfigError, validate
+from kd_accel.train import run
+
+
+@pytest.fixture
+def config(tmp_path, train_shards, tiny_teacher):
+    """A function that makes the config of a run of two epochs; keyword arguments replace whole sections."""
+
+    def make(**changes) -> TrainConfig:
+        values = {
+            "name": "run",
+            "output_dir": str(tmp_path),
+            "precision": "fp32",
+            "data": {"shards": str(train_shards), "batch_size": 8, "num_workers": 0},
+            "student": {"arch": tiny.arch(), "projector": "linear"},
+            "teacher": {"path": str(tiny_teacher)},
+            "objective": {"terms": {"clip": {"kind": "clip"}, "feature": {"kind": "feature_mse", "confidence": True}}},
+            "optim": {"lr": 1e-2, "epochs": 2},
+            "log": {"every_steps": 1},
+        }
+        return validate(TrainConfig, values | changes)
+
+    return make
+
+
+def rows(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_learns_and_writes_everything(config, tmp_path):
+    """Two epochs of 5 steps: the loss falls, every file is there, the temperature moved, the last checkpoint is whole."""
+    run(config(optim={"lr": 1e-2, "epochs": 6}))
+    folder = tmp_path / "run"
+    history = rows(folder)
+    assert [row["step"] for row in history] == list(range(1, 31))
+    assert sum(row["loss"] for row in history[-5:]) < sum(row["loss"] for row in history[:5])
+    for name in ("loss/clip", "loss/feature", "confidence", "lr", "grad_norm", "samples_per_second", "data_wait"):
+        assert name in history[0]
+    assert history[-1]["temperature"] != history[0]["temperature"]
+    for name in ("config.yaml", "environment.json", "out.log", "checkpoints/latest"):
+        assert (folder / name).is_file()
+    latest = folder / "checkpoints" / (folder / "checkpoints" / "latest").read_text().strip()
+    assert latest.name == "step_00000030"
+    assert (latest / "student" / "open_clip_model.safetensors").is_file()
+    kept = sorted(path.name for path in (folder / "checkpoints").glob("step_*"))
+    assert kept == ["step_00000025", "step_00000030"]  # save.keep_last = 2, one per epoch
+
+
+def test_resolved_config_reruns_the_run(config, tmp_path):
+    """The config.yaml of a run is a complete config of the same run."""
+    from kd_accel.schema import load
+
+    wanted = config(optim={"lr": 1e-2, "steps": 1})
+    run(wanted)
+    assert load(TrainConfig, [tmp_path / "run" / "config.yaml"]) == wanted
+
+
+def test_teacher_is_in_no_checkpoint(config, tmp_path):
+    """Neither weights nor release hold a tensor of the teacher, and the release holds no projector."""
+    run(config(optim={"lr": 1e-2, "steps": 1}))
+    state = load_file(tmp_path / "run/checkpoints/step_00000001/state/weights.safetensors")
+    assert {name.split(".")[0] for name in state} == {"clip", "projector"}
+    release = load_file(tmp_path / "run/checkpoints/step_00000001/student/open_clip_model.safetensors")
+    assert not [name for name in release if "projector" in name or "teacher" in name]
+
+
+@pytest.mark.parametrize("placement", ["engine", "replicated"])
+def test_placements_train_alike(config, tmp_path, tiny_teacher, placement):
+    """Inside or outside the engine the frozen teacher says the same: equal losses and weights."""
+    teacher = {"path": str(tiny_teacher), "placement": placement}
+    run(config(name="other", teacher=teacher, optim={"lr": 1e-2, "steps": 3}))
+    run(config(name="engine", optim={"lr": 1e-2, "steps": 3}))
+    state = "checkpoints/step_00000003/state/weights.safetensors"
+    ours, theirs = load_file(tmp_path / "other" / state), load_file(tmp_path / "engine" / state)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_gradient_checkpointing_changes_nothing(config, tmp_path):
+    """Recomputed activations give the weights that stored ones give."""
+    student = {"arch": tiny.arch(), "projector": "linear"}
+    run(config(name="stored", optim={"lr": 1e-2, "steps": 2}))
+    run(config(name="recomputed", optim={"lr": 1e-2, "steps": 2}, student=student | {"grad_checkpointing": True}))
+    state = "checkpoints/step_00000002/state/weights.safetensors"
+    stored, recomputed = load_file(tmp_path / "stored" / state), load_file(tmp_path / "recomputed" / state)
+    for name in stored:
+        torch.testing.assert_close(recomputed[name], stored[name])
+
+
+def test_bf16_trains_near_fp32(config, tmp_path):
+    """bf16 towers, fp32 losses: the first loss is that of fp32 up to bf16's three digits."""
+    for precision in ("fp32", "bf16"):
+        run(config(name=precision, precision=precision, optim={"lr": 1e-3, "steps": 2}))
+    first = {name: rows(tmp_path / name)[0]["loss/clip"] for name in ("fp32", "bf16")}
+    assert first["bf16"] != first["fp32"]
+    assert first["bf16"] == pytest.approx(first["fp32"], rel=2**-7)
+
+
+def test_siglip_needs_no_teacher(config, tmp_path):
+    """SigLIP alone trains, its bias moves and is part of the release."""
+    objective = {"terms": {"s": {"kind": "siglip"}}, "logit_bias": -10.0, "temperature": {"init": 0.1}}
+    student = {"arch": tiny.arch()}
+    run(config(teacher=None, student=student, objective=objective, optim={"lr": 1e-2, "steps": 3}))
+    release = load_file(tmp_path / "run/checkpoints/step_00000003/student/open_clip_model.safetensors")
+    assert release["logit_bias"].item() != -10.0
+
+
+# What it refuses ------------------------------------------------------------------------------------------------------
+
+
+def test_existing_run_is_refused(config, tmp_path):
+    """resume=never keeps its hands off a run, and says how to go on."""
+    run(config(optim={"lr": 1e-2, "steps": 1}))
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    with pytest.raises(ConfigError, match=r"this run exists; resume=auto goes on"):
+        run(config(optim={"lr": 1e-2, "steps": 1}))
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+
+
+def test_widths_that_differ_need_a_projector(config, tmp_path):
+    """A term on features of two widths names itself, both widths and the key, and nothing is written."""
+    message = r"objective.terms.feature .*8 wide.*12 wide.*student.projector=linear"
+    with pytest.raises(ConfigError, match=message):
+        run(config(student={"arch": tiny.arch()}))
+    assert not (tmp_path / "run").exists()
+
+
+def test_resume_refuses_another_student_and_another_batch(config):
+    """Every key that disagrees is named with both values."""
+    run(config(optim={"lr": 1e-2, "steps": 1}))
+    changed = config(
+        resume="auto",
+        data={"shards": config().data.shards, "batch_size": 4, "num_workers": 0},
+        objective={"terms": {"clip": {"kind": "clip", "weight": 2.0}, "feature": {"kind": "feature_mse"}}},
+    )
+    with pytest.raises(ConfigError) as caught:
+        run(changed)
+    text = str(caught.value)
+    assert "objective.terms.clip.weight: the checkpoint has 1.0, the config 2.0" in text
+    assert "objective.terms.feature.confidence: the checkpoint has True, the config False" in text
+    assert "global_batch_size: the checkpoint has 8, this launch makes 4" in text
+
+
+def test_resume_goes_on_with_a_longer_run(config, tmp_path):
+    """A run of 2 steps goes on to 4 when optim.steps says so; each step is in the log once."""
+    run(config(optim={"lr": 1e-2, "steps": 2}))
+    run(config(optim={"lr": 1e-2, "steps": 4}, resume="auto"))
+    assert [row["step"] for row in rows(tmp_path / "run")] == [1, 2, 3, 4]
+    assert "changed: optim.steps: 2 -> 4" in (tmp_path / "run" / "out.log").read_text()
+
+
+def test_damaged_checkpoint_is_named(config, tmp_path):
+    """A truncated file in the newest checkpoint is a clear error, not a traceback."""
+    run(config(optim={"lr": 1e-2, "steps": 1}))
+    file = tmp_path / "run/checkpoints/step_00000001/state/exp_avg.safetensors"
+    os.truncate(file, file.stat().st_size // 2)
+    with pytest.raises(ConfigError, match=r"step_00000001: not a whole checkpoint"):
+        run(config(optim={"lr": 1e-2, "steps": 2}, resume="auto"))
+
+
+def test_too_many_bad_samples_stop_the_run(config, tmp_path, train_shards):
+    """Above data.max_bad_fraction the run ends with one line that names the share, the sample and the list."""
+    shards = tmp_path / "bad"
+    shutil.copytree(train_shards, shards)
+    with tarfile.open(shards / "00000.tar") as tar:
+        member = next(m for m in tar if m.name.endswith(".jpg"))
+    with open(shards / "00000.tar", "r+b") as file:
+        file.seek(member.offset_data)
+        file.write(b"\0" * 64)  # no JPEG any more; sizes, and so the index, stay
+    data = {"shards": str(shards), "batch_size": 8, "num_workers": 0, "max_bad_fraction": 0.0}
+    with pytest.raises(ConfigError, match=r"1 unreadable samples, more than data.max_bad_fraction=0.0.*000000.*bad_samples"):
+        run(config(data=data))
+    (record,) = [json.loads(line) for line in (tmp_path / "run" / "bad_samples.jsonl").read_text().splitlines()]
+    assert record["id"] == 0
+    run(config(name="tolerant", data=data | {"max_bad_fraction": 0.05}))
+    assert rows(tmp_path / "tolerant")[-1]["bad_samples"] == 2  # once per epoch
+
+
+def test_non_finite_features_stop_before_the_update(config, tiny_teacher, tmp_path):
+    """A teacher that says nan ends the run naming step, term, input and ids; nothing was updated."""
+    from safetensors.torch import save_file
+
+    from kd_accel.objective import NonFiniteLoss
+
+    broken = tmp_path / "broken"
+    shutil.copytree(tiny_teacher, broken)
+    weights = load_file(broken / "open_clip_model.safetensors")
+    weights["text_projection"][0, 0] = float("nan")
+    save_file(weights, broken / "open_clip_model.safetensors")
+    with pytest.raises(NonFiniteLoss, match=r"step 1: loss/feature is not finite; .*teacher text on rank 0 \(sample ids"):
+        run(config(teacher={"path": str(broken)}))
