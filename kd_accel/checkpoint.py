@@ -1,4 +1,4 @@
-"""A checkpoint is complete or absent, and knows neither ranks nor engine: plain safetensors and JSON, by parameter name.
+"""A checkpoint is complete or absent, and knows neither ranks nor engine: safetensors and JSON, by parameter name.
 
     checkpoints/step_00001000/state/    weights, AdamW moments, objective, progress, one file of random states per rank
                               student/  the release: what open_clip loads
@@ -96,7 +96,9 @@ def restore(checkpoint: Path, *, engine: Engine, objective: Objective) -> TrainS
         if len(list(folder.glob("random_*.safetensors"))) == distributed.world_size():
             _set_random_state(load_file(folder / f"random_{distributed.rank():05d}.safetensors"))
     except (OSError, SafetensorError, json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ConfigError(f"{checkpoint}: not a whole checkpoint ({error}); resume from an older one: resume=PATH") from None
+        raise ConfigError(
+            f"{checkpoint}: not a whole checkpoint ({error}); resume from an older one: resume=PATH"
+        ) from None
     return state
 
 
@@ -140,9 +142,13 @@ def check_config(checkpoint: Path, config: TrainConfig, *, global_batch: int, st
     fixed = [key for key in changed if key.split(".")[0] in FIXED and key not in FREE]
     lines = [f"{key}: the checkpoint has {old.get(key)!r}, the config {new.get(key)!r}" for key in fixed]
     if state.global_batch != global_batch:
-        lines.append(f"data.global_batch_size: the checkpoint has {state.global_batch}, this launch makes {global_batch}")
+        lines.append(
+            f"data.global_batch_size: the checkpoint has {state.global_batch}, this launch makes {global_batch}"
+        )
     if lines:
-        raise ConfigError("\n".join([*lines, f"{checkpoint} was trained otherwise: give its values back, or name=OTHER"]))
+        raise ConfigError(
+            "\n".join([*lines, f"{checkpoint} was trained otherwise: give its values back, or name=OTHER"])
+        )
     return [f"{key}: {old.get(key)} -> {new.get(key)}" for key in changed]
 
 

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, get_origin
 from kd_accel import __version__
 from kd_accel.config import DemoConfig, EvalConfig, IndexConfig, ReportConfig, TrainConfig
 from kd_accel.help import explain
-from kd_accel.schema import ConfigError, Schema, alternatives, did_you_mean, dump, load
+from kd_accel.schema import ConfigError, LocalError, Schema, alternatives, did_you_mean, dump, load
 
 
 class HelpConfig(Schema):
@@ -45,9 +45,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         verb, config = parse(words)
         module, function = VERBS[verb][1].split(":")
-        return getattr(import_module(module), function)(config) or 0
+        code = getattr(import_module(module), function)(config) or 0
+        if "kd_accel.distributed" in sys.modules:
+            sys.modules["kd_accel.distributed"].shut_down()
+        return code
     except ConfigError as error:
-        if os.environ.get("RANK", "0") == "0":  # every rank meets the same mistake; one of them says so
+        # Every rank meets the same mistake, and one of them says so; what one rank meets alone, it says itself.
+        if os.environ.get("RANK", "0") == "0" or isinstance(error, LocalError):
             for line in str(error).splitlines():
                 print(f"error: {line}", file=sys.stderr)
         return 2

@@ -36,11 +36,13 @@ class DataConfig(Schema):
     """Where the samples come from."""
 
     shards: str | list[str]
-    """Webdataset tars, with brace ranges: "data/{00000..00139}.tar"; a folder means every tar in it. Index them first: kd-accel index."""
+    """Webdataset tars, with brace ranges: "data/{00000..00139}.tar"; a folder means every tar in it.
+
+    Index them once: kd-accel index FOLDER."""
     batch_size: int | None = Field(None, gt=0)
     """Samples per process and optimizer step."""
     global_batch_size: int | None = Field(None, gt=0)
-    """Samples per optimizer step over all processes, instead of batch_size; resumes exactly on another number of processes."""
+    """Samples per optimizer step over all processes, instead of batch_size; a run may then resume on more or fewer."""
     caption: str = "txt"
     """Extension of the tar member that holds the caption."""
     num_workers: int = Field(2, ge=0)
@@ -75,13 +77,13 @@ class StudentConfig(Schema):
     """The model that learns."""
 
     arch: str | dict[str, Any]
-    """An open_clip architecture ("ViT-B-16"), or an inline open_clip model config: {embed_dim, vision_cfg, text_cfg}."""
+    """An open_clip architecture ("ViT-B-16"), or an inline open_clip config: {embed_dim, vision_cfg, text_cfg}."""
     pretrained: str | None = None
     """Start from these weights: an open_clip tag of the architecture, or a file; null starts from scratch."""
     preprocess: PreprocessConfig | None = None
     """Replaces the architecture's own mean, std and resizing."""
     projector: Literal["linear"] | None = None
-    """linear: one trained linear layer per tower from the student's width to the teacher's, for terms that compare features."""
+    """linear: a trained layer per tower from the student's width to the teacher's, for terms that compare features."""
     grad_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
 
@@ -96,7 +98,7 @@ class TeacherConfig(Schema):
     path: str | None = None
     """A release directory (open_clip_config.json beside its weights), or one of our runs (its newest checkpoint)."""
     placement: Literal["engine", "replicated"] = "engine"
-    """engine: inside the prepared module (ZeRO-3 partitions it). replicated: a whole copy per process, outside the engine."""
+    """engine: in the prepared module (ZeRO-3 partitions it). replicated: a whole copy per process, outside of it."""
 
     @model_validator(mode="after")
     def _one_source(self):
@@ -133,9 +135,9 @@ class ObjectiveConfig(Schema):
     """Name of your choice -> term; a name set to null drops a term that a base file brought."""
     temperature: TemperatureConfig = TemperatureConfig()
     logit_bias: float | None = None
-    """Start of the learnable bias on the student's logits; siglip needs it (-10 in the paper), other losses ignore it."""
+    """Start of the learnable bias on the student's logits; siglip needs it (-10 in the paper), others ignore it."""
     chunk_rows: int = Field(256, gt=0)
-    """Rows of this process that are compared with all columns at a time: memory grows with chunk_rows x global batch."""
+    """Rows of a process that are compared with all columns at a time: memory grows with chunk_rows x global batch."""
 
     @model_validator(mode="after")
     def _terms_fit(self):
@@ -144,7 +146,9 @@ class ObjectiveConfig(Schema):
             raise ValueError("terms: every term is null; at least one is needed")
         siglip = [name for name, term in kept.items() if isinstance(term, SigLip)]
         if siglip and self.logit_bias is None:
-            raise ValueError(f"terms.{siglip[0]} is siglip and needs logit_bias (-10 in the paper, with temperature.init=0.1)")
+            raise ValueError(
+                f"terms.{siglip[0]} is siglip and needs logit_bias (-10 in the paper, with temperature.init=0.1)"
+            )
         self.__dict__["terms"] = kept
         return self
 
@@ -208,7 +212,9 @@ class TrainConfig(Schema):
     output_dir: str = "runs"
     """Folder of the runs."""
     resume: str = "never"
-    """never: refuse to write into an existing run. auto: go on from its newest checkpoint, or start. PATH: go on from this checkpoint directory."""
+    """never: refuse to write into an existing run. auto: go on from its newest checkpoint, or start.
+
+    PATH: go on from this checkpoint directory."""
     seed: int = Field(0, ge=0)
     """Decides initial weights, order, augmentation and dropout."""
     precision: Literal["bf16", "fp32"] = "bf16"
@@ -226,9 +232,13 @@ class TrainConfig(Schema):
     def _teacher_fits_terms(self):
         needing = [name for name, term in self.objective.terms.items() if isinstance(term, DistillationTerm)]
         if needing and self.teacher is None:
-            raise ValueError(f"objective.terms.{needing[0]} needs a teacher: add the section teacher, or set the term to null")
+            raise ValueError(
+                f"objective.terms.{needing[0]} needs a teacher: add the section teacher, or set the term to null"
+            )
         if self.teacher is not None and not needing:
-            raise ValueError("teacher is given but no term of objective.terms uses it: add one (logit_kl, feature_mse, ...) or set teacher=null")
+            raise ValueError(
+                "teacher is given but no term of objective.terms uses it: add one (logit_kl, ...) or set teacher=null"
+            )
         return self
 
 
@@ -247,7 +257,7 @@ class EvalConfig(Schema):
     model: str
     """A run (its newest checkpoint), a checkpoint, or a release directory."""
     data: str | list[str]
-    """Folders in CLIP_benchmark's webdataset layout, folders of such folders, or folders of image-caption tars (retrieval)."""
+    """Folders in CLIP_benchmark's webdataset layout, folders of such folders, or of image-caption tars (retrieval)."""
     batch_size: int = Field(256, gt=0)
     """Images per process and forward pass."""
     num_workers: int = Field(2, ge=0)

@@ -19,9 +19,10 @@ import subprocess
 import sys
 import tarfile
 import time
-from collections import deque
 from collections.abc import Iterator
+from contextlib import redirect_stdout
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 
 import numpy as np
@@ -137,10 +138,9 @@ def _image(pixels: np.ndarray, digit: int, ink: str, paper: str) -> dict[str, by
 
 
 def _caption(number: int, row: tuple) -> bytes:
-    """Templates take turns, and so do words and numerals: "seven" and "7"."""
+    """Templates take turns."""
     _, digit, ink, paper = row
-    word = DIGITS[digit] if number % 2 == 0 else str(digit)
-    return TEMPLATES[number % len(TEMPLATES)].format(digit=word, ink=ink, paper=paper).encode()
+    return TEMPLATES[number % len(TEMPLATES)].format(digit=DIGITS[digit], ink=ink, paper=paper).encode()
 
 
 def _write_zero_shot(folder: Path, rows: list) -> None:
@@ -202,28 +202,33 @@ def _launch(command: list[str], *, log: Path) -> None:
     """Run `command` with everything it prints in `log`; our own lines are shown. Raises ConfigError when it fails."""
     log.parent.mkdir(parents=True, exist_ok=True)
     root = str(Path(__file__).resolve().parents[1])
-    paths = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
     # Two processes on two cores: one thread each, or they fight. GPUs are hidden: the demo's numbers are for the CPU.
     environment = {"OMP_NUM_THREADS": "1"} | os.environ | {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
-    environment["PYTHONPATH"] = paths
-    tail: deque[str] = deque(maxlen=TAIL)
+    environment["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
     output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
     with log.open("w", encoding="utf-8") as file, subprocess.Popen(command, env=environment, **output) as process:
         for line in process.stdout:
             file.write(line)
-            tail.append(line.rstrip())
             if " | INFO | " in line or " | WARNING | " in line:
                 print(f"  {line.rstrip()}", flush=True)
     if process.returncode:
-        tail.append(f"demo: a run failed (exit code {process.returncode}); all that it said is in {log}")
-        raise ConfigError("\n".join(tail))
+        said = "\n".join(_last_words(log.read_text(encoding="utf-8", errors="replace").splitlines()))
+        raise ConfigError(f"{said}\ndemo: a run failed (exit code {process.returncode}); all that it said is in {log}")
+
+
+def _last_words(lines: list[str]) -> list[str]:
+    """What went wrong: our own error lines, else the end of what came before the launcher's summary of exit codes."""
+    said = list(takewhile(lambda line: "torch/distributed/elastic" not in line, lines))
+    return [line.removeprefix("error: ") for line in said if line.startswith("error: ")] or said[-TAIL:]
 
 
 def _evaluate(run: Path, data: Path) -> None:
     """Append to the run's results.jsonl, unless its newest checkpoint is there already."""
     step = int(resolve_release(str(run)).parent.name.removeprefix("step_"))
+    print(f"  {run.name}", flush=True)
     if not any(row["step"] == step for row in _results(run)):
-        suite.run(EvalConfig(model=str(run), data=str(data), num_workers=0))
+        with (run / "out.log").open("a", encoding="utf-8") as log, redirect_stdout(log):  # its tables would bury ours
+            suite.run(EvalConfig(model=str(run), data=str(data), num_workers=0))
 
 
 def _results(run: Path) -> list[dict]:

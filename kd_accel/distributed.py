@@ -1,7 +1,7 @@
 """The only file that talks to torch.distributed. Every function also works in one process without a process group.
 
-b rows of this rank, B = b * world_size rows of all ranks, in rank order. No autograd runs through a collective: features
-are gathered detached and their gradients are summed by hand, which is exact under DDP and every ZeRO stage
+b rows of this rank, B = b * world_size rows of all ranks, in rank order. No autograd runs through a collective:
+features are gathered detached and their gradients are summed by hand, which is exact under DDP and every ZeRO stage
 (torch.distributed.nn.all_gather is deprecated, and on gloo permutes non-contiguous gradients without a word).
 """
 
@@ -85,7 +85,9 @@ def sum_over_ranks(tensors: list[Tensor]) -> list[Tensor]:
         return tensors
     flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
     dist.all_reduce(flat)
-    return [part.view_as(tensor) for part, tensor in zip(flat.split([t.numel() for t in tensors]), tensors, strict=True)]
+    return [
+        part.view_as(tensor) for part, tensor in zip(flat.split([t.numel() for t in tensors]), tensors, strict=True)
+    ]
 
 
 def gather_objects(value: Any) -> list[Any]:

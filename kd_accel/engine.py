@@ -1,16 +1,12 @@
 """Accelerate and DeepSpeed behind four verbs: forward, backward, step, and the student's fp32 state by name.
 
-The rest of kd_accel never asks which engine runs: one process, DDP, or DeepSpeed ZeRO 1, 2, 3, chosen by the launcher
-(`accelerate launch --config_file launch/zero2.yaml ...`). What the stack would do silently wrong is an error here.
+The rest of kd_accel never asks which engine runs: one process, DDP, or DeepSpeed ZeRO 1, 2, 3, as launch.py found it.
 """
 
 from __future__ import annotations
 
-import logging
-import os
 from contextlib import nullcontext
 from dataclasses import dataclass
-from datetime import timedelta
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +17,6 @@ from kd_accel.config import TrainConfig
 from kd_accel.models.pair import Pair
 from kd_accel.models.student import Student
 from kd_accel.models.teacher import Teacher
-from kd_accel.schema import ConfigError
 from kd_accel.types import Batch
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # what AdamW remembers of each parameter
@@ -33,80 +28,6 @@ class OptimizerState:
 
     step: int  # optimizer steps applied
     moments: dict[str, dict[str, Tensor]]  # exp_avg | exp_avg_sq -> parameter name -> tensor
-
-
-def start_accelerator(*, precision: str, batch_size: int, grad_clip_norm: float, timeout_s: float = 1800):
-    """The Accelerator of this run, with everything that engines guess written out.
-
-    Reads the launcher's environment; raises ConfigError for combinations that would train something else than asked.
-    """
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    on_cpu = not torch.cuda.is_available()
-    if on_cpu:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    from accelerate import Accelerator, InitProcessGroupKwargs
-
-    timeout = timedelta(seconds=timeout_s)
-    # Without the backend's name Accelerate believes on a machine without GPU that every rank is alone.
-    handlers = [InitProcessGroupKwargs(backend="gloo" if on_cpu else "nccl", timeout=timeout)]
-    mixed = "bf16" if precision == "bf16" else "no"
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") != "true":
-        alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
-        accelerator = Accelerator(cpu=on_cpu, mixed_precision=mixed, kwargs_handlers=[] if alone else handlers)
-    else:
-        plugin = _deepspeed_plugin(precision=precision, batch_size=batch_size, grad_clip_norm=grad_clip_norm)
-        accelerator = Accelerator(deepspeed_plugin=plugin, mixed_precision=mixed, kwargs_handlers=handlers)
-        from transformers.integrations import unset_hf_deepspeed_config
-
-        unset_hf_deepspeed_config()  # or transformers would partition any model built from here on, with wrong weights
-    _check_launch(accelerator)
-    return accelerator
-
-
-def end_accelerator() -> None:
-    """Leave the process group and forget Accelerate's settings, so that another run may start in this process."""
-    from accelerate.state import AcceleratorState, GradientState
-
-    distributed.shut_down()
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-
-
-def _deepspeed_plugin(*, precision: str, batch_size: int, grad_clip_norm: float):
-    """The launcher's DeepSpeed settings (stage, offload), with our batch, clipping and precision written into them."""
-    if os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("true", "1"):
-        raise ConfigError("ACCELERATE_USE_CPU turns DeepSpeed off without a word: unset it; a machine without GPU is detected")
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    import deepspeed
-    from accelerate.utils import DeepSpeedPlugin
-
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    # Its shared-memory collectives are compiled at start-up, for half a minute, and gloo does the same work.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    for key, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
-        os.environ.setdefault(key, value)
-    plugin = DeepSpeedPlugin()
-    stage = plugin.deepspeed_config["zero_optimization"]["stage"]
-    if stage == 0:
-        raise ConfigError("DeepSpeed stage 0 takes a hidden optimizer step at start-up: use stage 1, or launch/ddp.yaml")
-    plugin.deepspeed_config.update(
-        train_micro_batch_size_per_gpu=batch_size,
-        gradient_accumulation_steps=1,
-        gradient_clipping=grad_clip_norm,  # DeepSpeed's own default is 1.0
-        zero_allow_untested_optimizer=True,
-        bf16={"enabled": precision == "bf16"},
-    )
-    return plugin
-
-
-def _check_launch(accelerator) -> None:
-    """The launcher and Accelerate must agree on what runs."""
-    asked = int(os.environ.get("WORLD_SIZE", "1"))
-    if accelerator.num_processes != asked:
-        raise ConfigError(f"launched {asked} processes but Accelerate runs {accelerator.num_processes}: see launch/ for files that work")
-    deepspeed_asked = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"
-    if deepspeed_asked != (accelerator.distributed_type.value == "DEEPSPEED"):
-        raise ConfigError(f"asked for DeepSpeed={deepspeed_asked} but Accelerate chose {accelerator.distributed_type.value}")
 
 
 class Engine:
@@ -189,7 +110,7 @@ class Engine:
         return state
 
     def load_weights(self, state: dict[str, Tensor]) -> None:
-        """Set parameters (masters and their low-precision copies) and buffers from fp32 tensors. Every rank has `state`."""
+        """Set parameters (masters and low-precision copies) and buffers from the fp32 `state`, which every rank has."""
         buffers = dict(self.student.named_buffers())
         for name, parameter in self.student.named_parameters():
             self._set_full(parameter, state[name])
@@ -215,10 +136,9 @@ class Engine:
         if saved.step == 0:
             return
         inner = self._adamw()
-        for group in inner.param_groups:
-            for flat in group["params"]:
-                zeros = {key: torch.zeros_like(flat, dtype=torch.float32) for key in MOMENTS}
-                inner.state[flat] = {"step": torch.tensor(float(saved.step)), **zeros}
+        for held in self._held_parameters():
+            zeros = {key: torch.zeros_like(held, dtype=torch.float32) for key in MOMENTS}
+            inner.state[held] = {"step": torch.tensor(float(saved.step)), **zeros}
         self._link_moments()
         for name, parameter in self.student.named_parameters():
             for key in MOMENTS:
@@ -241,6 +161,15 @@ class Engine:
     def _adamw(self) -> torch.optim.Optimizer:
         """The torch optimizer that really steps: over our parameters, or over DeepSpeed's flat partitions of them."""
         return self._zero.optimizer if self.zero_stage else self.optimizer.optimizer
+
+    def _held_parameters(self) -> list[Tensor]:
+        """What AdamW keeps its state by: our parameters, or this rank's flat partitions of them."""
+        match self.zero_stage:
+            case 0:
+                return [p for group in self._adamw().param_groups for p in group["params"]]
+            case 3:
+                return self._zero.fp32_partitioned_groups_flat
+        return self._zero.single_partition_of_fp32_groups
 
     def _full(self, parameter: nn.Parameter, key: str | None = None) -> Tensor:
         """The whole fp32 parameter, or its moment `key`, on every rank."""
@@ -290,7 +219,13 @@ class Engine:
     def _check_engine(self) -> None:
         """What was prepared is what was asked for."""
         kind = type(self.module).__name__
-        wanted = "DeepSpeedEngine" if self.zero_stage else "DistributedDataParallel" if distributed.world_size() > 1 else None
+        wanted = (
+            "DeepSpeedEngine"
+            if self.zero_stage
+            else "DistributedDataParallel"
+            if distributed.world_size() > 1
+            else None
+        )
         if wanted is not None:
             assert kind == wanted, f"the launch asked for {wanted}, Accelerate prepared {kind}"
 

@@ -23,6 +23,10 @@ class ConfigError(ValueError):
     """The user's mistake: one line per problem, printed without a traceback, exit code 2."""
 
 
+class LocalError(ConfigError):
+    """A user's mistake that may show on one rank alone, like an unreadable run of samples: that rank prints it."""
+
+
 class Schema(BaseModel):
     """Base of every YAML section: frozen, unknown keys are errors, the string below a field is its help text."""
 

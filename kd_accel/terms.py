@@ -47,7 +47,7 @@ class FeatureMSE(DistillationTerm):
 
     kind: Literal["feature_mse"] = "feature_mse"
     reduction: Literal["mean", "sum"] = "mean"
-    """mean: averaged over the embedding, towers added (CLIP-KD). sum: summed over it, towers averaged (uncertainty-aware KD)."""
+    """Over the embedding; mean adds the towers (CLIP-KD), sum averages them (uncertainty-aware KD)."""
 
 
 class LogitKL(DistillationTerm):
@@ -59,7 +59,7 @@ class LogitKL(DistillationTerm):
 
 
 class InteractiveContrastive(DistillationTerm):
-    """InfoNCE of student images against teacher captions, and student captions against teacher images (ICL of CLIP-KD, eq. 9)."""
+    """InfoNCE of student images against teacher captions, and the reverse (ICL of CLIP-KD, arXiv 2307.12732, eq. 9)."""
 
     kind: Literal["interactive_contrastive"] = "interactive_contrastive"
     scale: Literal["student", "own"] = "student"

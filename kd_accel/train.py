@@ -1,6 +1,6 @@
 """kd-accel train: fetch, features, objective, backward, step, log, save.
 
-    accelerate launch --config_file launch/zero2.yaml -m kd_accel train configs/demo.yaml data.batch_size=128
+accelerate launch --config_file launch/zero2.yaml -m kd_accel train configs/demo.yaml data.batch_size=128
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from kd_accel import checkpoint, distributed
 from kd_accel.checkpoint import TrainState
 from kd_accel.config import TrainConfig
 from kd_accel.data.loader import TrainLoader
-from kd_accel.engine import Engine, end_accelerator, start_accelerator
+from kd_accel.engine import Engine
+from kd_accel.launch import end_accelerator, start_accelerator
 from kd_accel.metrics import MetricsLog, Throughput, write_environment
 from kd_accel.models.student import Student
 from kd_accel.models.teacher import Teacher
@@ -148,7 +149,7 @@ class Trainer:
             log.info("saved %s", path)
 
     def _count_bad_samples(self) -> None:
-        """List this rank's unreadable samples with everybody's; raises ConfigError, on all ranks, when they are too many."""
+        """List the unreadable samples of all ranks; raises ConfigError, on all of them, when they are too many."""
         records = [record for ranks in distributed.gather_objects(self.loader.take_bad()) for record in ranks]
         if not records:
             return
@@ -162,8 +163,9 @@ class Trainer:
         if self.state.bad_samples > self.config.data.max_bad_fraction * judged:
             last = records[-1]
             raise ConfigError(
-                f"{self.state.bad_samples} unreadable samples, more than data.max_bad_fraction={self.config.data.max_bad_fraction}"
-                f" allows; the last: {last['shard']}, sample {last['key']}: {last['reason']}; all of them: {path}"
+                f"data.max_bad_fraction={self.config.data.max_bad_fraction} allows fewer than the"
+                f" {self.state.bad_samples} unreadable samples so far; the last: {last['shard']}, sample {last['key']}:"
+                f" {last['reason']}; all of them: {path}"
             )
 
     # Set-up -----------------------------------------------------------------------------------------------------------
@@ -175,8 +177,8 @@ class Trainer:
         for name, term in self.config.objective.terms.items():
             if isinstance(term, FeatureMSE | InteractiveContrastive):
                 raise ConfigError(
-                    f"objective.terms.{name} compares features of the student ({self.student.embed_dim} wide) and of the"
-                    f" teacher ({self.teacher.embed_dim} wide): set student.projector=linear, or that term to null"
+                    f"objective.terms.{name} compares features of the student ({self.student.embed_dim} wide) and of"
+                    f" the teacher ({self.teacher.embed_dim} wide): set student.projector=linear, or that term to null"
                 )
 
     def _build_loader(self) -> TrainLoader:

@@ -43,7 +43,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Features:
-    """What one model says of a batch: unit rows of this rank (or of one chunk of it) against the columns of all ranks."""
+    """What one model says of a batch: unit rows, of this rank or a chunk of it, and the columns of all ranks."""
 
     image: Tensor  # [b, d]
     text: Tensor  # [b, d]

@@ -18,8 +18,8 @@ LAYERS = (
     ("__init__ types schema schedules terms config help",),
     ("distributed", "losses"),
     ("models", "data"),
-    ("objective",),
-    ("engine optim metrics checkpoint evals",),
+    ("objective chunks temperature",),
+    ("launch engine optim metrics checkpoint evals",),
     ("train", "evals.suite", "report"),
     ("demo",),  # runs the other verbs
     ("cli __main__",),

@@ -19,7 +19,7 @@ from kd_accel.data.index import expand_shards, load_index
 from kd_accel.data.order import epoch_order, num_batches
 from kd_accel.data.shards import BadSample, Sample, ShardReader
 from kd_accel.data.transforms import decode, train_view
-from kd_accel.schema import ConfigError
+from kd_accel.schema import ConfigError, LocalError
 from kd_accel.types import Batch, InputContract
 
 MAX_TRIES = 100  # samples in a row, from a bad one on, until the data counts as unusable
@@ -159,7 +159,7 @@ class _Rows(Dataset):
                 continue
             return sample, view, self._record(sample_id, reasons[0], sample.id, epoch) if reasons else None
         where = f"{self._reader.key(sample_id)} in {self._reader.shard(sample_id)}"
-        raise ConfigError(f"data.shards: no usable sample in {len(reasons)} in a row from {where} on: {reasons[0]}")
+        raise LocalError(f"data.shards: no usable sample in {len(reasons)} in a row from {where} on: {reasons[0]}")
 
     def _read(self, sample_id: int, epoch: int) -> tuple[Sample, Tensor]:
         sample = self._reader.read(sample_id)

@@ -26,23 +26,20 @@ TIMEOUT_S = 3600  # a rank may decode its images this much longer than another
 def run(config: EvalConfig) -> None:
     """Evaluate `config.model` on every set in `config.data`; raises ConfigError for what cannot be evaluated."""
     distributed.start_process_group(TIMEOUT_S)
-    try:
-        eval_sets = find_sets(config.data)
-        encoder = load_encoder(config.model, precision=config.precision)
-        output = Path(config.output) if config.output else encoder.home / "results.jsonl"
-        if problem := distributed.from_main(_why_not_writable(output) if distributed.is_main() else None):
-            raise ConfigError(problem)
-        rows = []
-        for eval_set in eval_sets:
-            row = _evaluate_set(encoder, eval_set, config.batch_size, config.num_workers)
-            rows.append(row)
-            if distributed.is_main():
-                _append(output, row)
-                print(_in_words(row), flush=True)
+    eval_sets = find_sets(config.data)
+    encoder = load_encoder(config.model, precision=config.precision)
+    output = Path(config.output) if config.output else encoder.home / "results.jsonl"
+    if problem := distributed.from_main(_why_not_writable(output) if distributed.is_main() else None):
+        raise ConfigError(problem)
+    rows = []
+    for eval_set in eval_sets:
+        row = _evaluate_set(encoder, eval_set, config.batch_size, config.num_workers)
+        rows.append(row)
         if distributed.is_main():
-            print(f"\n{encoder.title}\n{table(rows)}\nwritten to {output}")
-    finally:
-        distributed.shut_down()
+            _append(output, row)
+            print(_in_words(row), flush=True)
+    if distributed.is_main():
+        print(f"\n{encoder.title}\n{table(rows)}\nwritten to {output}")
 
 
 def evaluate(

@@ -26,7 +26,7 @@ def info_nce(logits: Float[Tensor, "b B"], offset: int) -> Float[Tensor, "b"]:
 
 
 def pairwise_sigmoid(logits: Float[Tensor, "b B"], offset: int) -> Float[Tensor, "b"]:
-    """sum_j softplus(-y_ij z_ij) of each row, y = +1 for the row's partner and -1 elsewhere (SigLIP, arXiv 2303.15343)."""
+    """sum_j softplus(-y_ij z_ij) of each row; y is +1 for the row's partner, else -1 (SigLIP, arXiv 2303.15343)."""
     # softplus(z) over all pairs, then the one positive of the row is turned: softplus(-z) = softplus(z) - z.
     return F.softplus(logits).sum(dim=1) - positives(logits, offset)
 

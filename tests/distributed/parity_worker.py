@@ -1,6 +1,6 @@
 """Trains five steps under one engine and saves what test_parity.py compares; run under torchrun, or alone.
 
-    parity_worker.py OUT.safetensors TEACHER GLOBAL_BATCH ENGINE        ENGINE: plain | ddp | zero1 | zero2 | zero3
+parity_worker.py OUT.safetensors TEACHER GLOBAL_BATCH ENGINE        ENGINE: plain | ddp | zero1 | zero2 | zero3
 """
 
 import os
@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 
 from kd_accel import distributed
 from kd_accel.config import TrainConfig
-from kd_accel.engine import Engine, end_accelerator, start_accelerator
+from kd_accel.engine import Engine
+from kd_accel.launch import end_accelerator, start_accelerator
 from kd_accel.models.student import Student
 from kd_accel.models.teacher import Teacher
 from kd_accel.objective import Objective

@@ -1,13 +1,12 @@
-"""W ranks with b rows each are one rank with W * b: loss, every gradient, parameters after 5 steps, under every engine."""
+"""W ranks with b rows each are one rank with W * b: loss, gradients, parameters after 5 steps, under every engine."""
 
 import sys
 
 import pytest
 import torch
 from conftest import run_process
-from safetensors.torch import load_file
-
 from distributed import parity_worker
+from safetensors.torch import load_file
 
 pytestmark = pytest.mark.distributed
 
@@ -37,4 +36,6 @@ def test_two_ranks_equal_one(results, engine, what):
     assert set(names) == {name for name in ours if name.startswith(f"{what}.")}
     for name in names:
         size = plain[name].abs().max().item()
-        torch.testing.assert_close(ours[name], plain[name], rtol=1e-5, atol=1e-5 * size, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            ours[name], plain[name], rtol=1e-5, atol=1e-5 * size, msg=lambda m, n=name: f"{n}: {m}"
+        )

@@ -78,4 +78,6 @@ def test_killed_and_resumed_equals_uninterrupted(launch, tmp_path, train_shards,
         want, got = load_file(file), load_file(tmp_path / "killed" / last / file.name)
         assert want.keys() == got.keys()
         for name in want:
-            assert torch.equal(want[name].nan_to_num(), got[name].nan_to_num()), f"{file.name}: {name} (killed at {step})"
+            assert torch.equal(want[name].nan_to_num(), got[name].nan_to_num()), (
+                f"{file.name}: {name} (killed at {step})"
+            )

@@ -39,7 +39,6 @@ def test_train_reaches_the_student_alone(student, teacher):
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_under_zero3_features_and_gradients_are_the_same(precision, run_ranks, release):
-    """ZeRO-3 keeps no parameter whole outside forward; two ranks give the features and the step of the plain module."""
-    run_ranks(["tests/models/zero3_worker.py", str(release("timm")), precision])
+def test_under_zero3_features_and_gradients_are_the_same(run_ranks, release):
+    """ZeRO-3 keeps no parameter whole outside forward; two ranks give the features and steps of the plain module."""
+    run_ranks(["tests/models/zero3_worker.py", str(release("timm"))])

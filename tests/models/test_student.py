@@ -17,7 +17,7 @@ def gradients(model, out) -> dict[str, torch.Tensor]:
 
 
 def test_forward_gives_raw_embeddings(student, view, captions):
-    """"image" and "text" are what open_clip's towers say before normalisation."""
+    """ "image" and "text" are what open_clip's towers say before normalisation."""
     model = student()
     tokens = model.contract.tokenize(captions)
     out = model(view, tokens)

@@ -115,6 +115,12 @@ def test_tag_brings_pixels_weights_and_activation(named, weights_file):
     torch.testing.assert_close(model.visual.proj.data, state["visual.proj"])
 
 
+def test_weights_without_a_bias_give_none(arch, weights_file):
+    """open_clip puts a bias of 0 where the weights bring none: that is no bias."""
+    file, _ = weights_file()
+    assert build(arch(), pretrained=file)[3].bias is None
+
+
 def test_weights_file_with_a_bias_of_its_own(arch, weights_file):
     """Weights of a sigmoid loss load into an architecture that names no bias, and keep theirs."""
     file, state = weights_file(init_logit_bias=-10.0)

@@ -1,0 +1,95 @@
+"""What the launcher asked for, as an Accelerator: one process, DDP, or DeepSpeed ZeRO 1, 2, 3; on GPUs or CPU (gloo).
+
+    accelerate launch --config_file launch/zero2.yaml -m kd_accel train configs/demo.yaml
+
+What the stack would do silently wrong is an error here.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from datetime import timedelta
+
+import torch
+
+from kd_accel.schema import ConfigError
+
+
+def start_accelerator(*, precision: str, batch_size: int, grad_clip_norm: float, timeout_s: float = 1800):
+    """The Accelerator of this run, with everything that engines guess written out.
+
+    Reads the launcher's environment; raises ConfigError for combinations that would train something else than asked.
+    """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    on_cpu = not torch.cuda.is_available()
+    if on_cpu:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    from accelerate import Accelerator, InitProcessGroupKwargs
+
+    timeout = timedelta(seconds=timeout_s)
+    # Without the backend's name Accelerate believes on a machine without GPU that every rank is alone.
+    handlers = [InitProcessGroupKwargs(backend="gloo" if on_cpu else "nccl", timeout=timeout)]
+    mixed = "bf16" if precision == "bf16" else "no"
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") != "true":
+        alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+        accelerator = Accelerator(cpu=on_cpu, mixed_precision=mixed, kwargs_handlers=[] if alone else handlers)
+    else:
+        plugin = _deepspeed_plugin(precision=precision, batch_size=batch_size, grad_clip_norm=grad_clip_norm)
+        accelerator = Accelerator(deepspeed_plugin=plugin, mixed_precision=mixed, kwargs_handlers=handlers)
+        from transformers.integrations import unset_hf_deepspeed_config
+
+        unset_hf_deepspeed_config()  # or transformers would partition any model built from here on, with wrong weights
+    _check_launch(accelerator)
+    return accelerator
+
+
+def end_accelerator() -> None:
+    """Forget Accelerate's settings, so that another run may start in this process; the process group stays."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+def _deepspeed_plugin(*, precision: str, batch_size: int, grad_clip_norm: float):
+    """The launcher's DeepSpeed settings (stage, offload), with our batch, clipping and precision written into them."""
+    if os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("true", "1"):
+        raise ConfigError(
+            "ACCELERATE_USE_CPU turns DeepSpeed off without a word: unset it; a machine without GPU is detected"
+        )
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    import deepspeed
+    from accelerate.utils import DeepSpeedPlugin
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # Its shared-memory collectives are compiled at start-up, for half a minute, and gloo does the same work.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    for key, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
+        os.environ.setdefault(key, value)
+    plugin = DeepSpeedPlugin()
+    stage = plugin.deepspeed_config["zero_optimization"]["stage"]
+    if stage == 0:
+        raise ConfigError(
+            "DeepSpeed stage 0 takes a hidden optimizer step at start-up: use stage 1, or launch/ddp.yaml"
+        )
+    plugin.deepspeed_config.update(
+        train_micro_batch_size_per_gpu=batch_size,
+        gradient_accumulation_steps=1,
+        gradient_clipping=grad_clip_norm,  # DeepSpeed's own default is 1.0
+        zero_allow_untested_optimizer=True,
+        bf16={"enabled": precision == "bf16"},
+    )
+    return plugin
+
+
+def _check_launch(accelerator) -> None:
+    """The launcher and Accelerate must agree on what runs."""
+    asked, runs = int(os.environ.get("WORLD_SIZE", "1")), accelerator.num_processes
+    if runs != asked:
+        raise ConfigError(f"launched {asked} processes but Accelerate runs {runs}: see launch/ for files that work")
+    deepspeed_asked = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"
+    if deepspeed_asked != (accelerator.distributed_type.value == "DEEPSPEED"):
+        raise ConfigError(
+            f"asked for DeepSpeed={deepspeed_asked} but Accelerate chose {accelerator.distributed_type.value}"
+        )

@@ -1,0 +1,166 @@
+"""The engine in one process: what it refuses, what it keeps exact, and that its state by name is the whole state."""
+
+from __future__ import annotations
+
+import pytest
+import tiny
+import torch
+
+from kd_accel.config import TrainConfig
+from kd_accel.engine import Engine
+from kd_accel.launch import end_accelerator, start_accelerator
+from kd_accel.models.student import Student
+from kd_accel.models.teacher import Teacher
+from kd_accel.optim import build_optimizer
+from kd_accel.schema import ConfigError, validate
+from kd_accel.types import Batch
+
+
+def config_of(teacher, precision: str) -> TrainConfig:
+    return validate(
+        TrainConfig,
+        {
+            "name": "engine",
+            "precision": precision,
+            "data": {"shards": "none", "batch_size": 4},
+            "student": {"arch": tiny.arch(22, 7), "projector": "linear"},
+            "teacher": {"path": str(teacher)},
+            "objective": {"terms": {"feature": {"kind": "feature_mse"}}},
+            "optim": {"lr": 1e-2, "steps": 10},
+        },
+    )
+
+
+@pytest.fixture
+def launched(monkeypatch, free_port):
+    """A function that sets the environment as the launcher does for `stage` (0: no DeepSpeed) in one process."""
+
+    def launch(stage: int) -> None:
+        values = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port}
+        values |= {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": stage} if stage else {}
+        for name, value in values.items():
+            monkeypatch.setenv(name, str(value))
+
+    yield launch
+    end_accelerator()
+
+
+def start(config: TrainConfig) -> tuple[Engine, dict[str, torch.Tensor]]:
+    """The engine, and the weights its student had before."""
+    accelerator = start_accelerator(precision=config.precision, batch_size=4, grad_clip_norm=1.0)
+    torch.manual_seed(1)
+    student, teacher = Student(config.student, 12), Teacher(config.teacher)
+    weights = {name: p.detach().clone() for name, p in student.named_parameters()}
+    optimizer = build_optimizer(student, config.optim)
+    return Engine(accelerator, student, teacher, optimizer=optimizer, config=config), weights
+
+
+def batch(step: int) -> Batch:
+    generator = torch.Generator().manual_seed(step)
+    image = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8, generator=generator)
+    text = torch.randint(1, 49408, (4, 12), generator=generator)
+    return Batch(torch.arange(4), image, {"student": text, "teacher": text})
+
+
+def step(engine: Engine, number: int) -> None:
+    features, targets = engine.forward(batch(number))
+    gradients = {name: f.detach().float() - 0.1 for name, f in features.items()}
+    engine.backward(features, gradients)
+    applied, norm = engine.step(1e-2)
+    assert applied
+    assert norm > 0
+    assert not any(target.requires_grad for target in targets.values())
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_masters_start_from_the_exact_weights(launched, tiny_teacher, stage, precision):
+    """The fp32 weights behind a bf16 engine are those the student was built with, not their rounding to bf16."""
+    launched(stage)
+    engine, before = start(config_of(tiny_teacher, precision))
+    after = engine.weights()
+    for name, weight in before.items():
+        assert torch.equal(after[name], weight), name
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_state_by_name_is_the_whole_state(launched, tiny_teacher, stage, precision):
+    """Two steps, save, a fresh engine, load, a third step: bit for bit the weights and moments of three steps."""
+    launched(stage)
+    config = config_of(tiny_teacher, precision)
+    engine, _ = start(config)
+    step(engine, 0), step(engine, 1)
+    weights, memory = engine.weights(), engine.optimizer_state()
+    assert memory.step == 2
+    step(engine, 2)
+    straight, straight_memory = engine.weights(), engine.optimizer_state()
+    end_accelerator()
+
+    launched(stage)
+    engine, _ = start(config)
+    step(engine, 7)  # a state that must be overwritten
+    engine.load_weights(weights)
+    engine.load_optimizer_state(memory)
+    step(engine, 2)
+    resumed, resumed_memory = engine.weights(), engine.optimizer_state()
+    assert resumed_memory.step == 3
+    for name in straight:
+        assert torch.equal(resumed[name], straight[name]), name
+    for key, moments in straight_memory.moments.items():
+        for name, moment in moments.items():
+            assert torch.equal(resumed_memory.moments[key][name], moment), f"{key} {name}"
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_non_finite_gradient_skips_the_step(launched, tiny_teacher, stage):
+    """A nan in one feature's gradient: not applied, weights as before, and the next step works."""
+    launched(stage)
+    engine, before = start(config_of(tiny_teacher, "fp32"))
+    features, _ = engine.forward(batch(0))
+    gradients = {name: torch.full_like(f, float("nan")) for name, f in features.items()}
+    engine.backward(features, gradients)
+    applied, _ = engine.step(1e-2)
+    assert not applied
+    after = engine.weights()
+    assert all(torch.equal(after[name], weight) for name, weight in before.items())
+    assert engine.optimizer_state().step == 0
+    step(engine, 1)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_teacher_takes_no_optimizer_state(launched, tiny_teacher, stage):
+    """DeepSpeed's flat partitions hold the student's parameters and nothing of the teacher."""
+    launched(stage)
+    engine, before = start(config_of(tiny_teacher, "bf16"))
+    flat = sum(p.numel() for group in engine._adamw().param_groups for p in group["params"])
+    trained = sum(weight.numel() for weight in before.values())
+    assert trained <= flat < trained + 64  # alignment
+
+
+def test_use_cpu_with_deepspeed_is_refused(launched, monkeypatch):
+    """Accelerate would drop DeepSpeed without a word."""
+    launched(2)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    with pytest.raises(ConfigError, match="ACCELERATE_USE_CPU turns DeepSpeed off"):
+        start_accelerator(precision="fp32", batch_size=4, grad_clip_norm=1.0)
+
+
+def test_stage_zero_is_refused(launched, monkeypatch):
+    """DeepSpeed's stage 0 steps the optimizer at start-up."""
+    launched(1)
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "0")
+    with pytest.raises(ConfigError, match="stage 0"):
+        start_accelerator(precision="bf16", batch_size=4, grad_clip_norm=1.0)
+
+
+def test_uncovered_parameter_is_noticed(launched, tiny_teacher):
+    """A trainable parameter in no optimizer group would silently never train."""
+    launched(0)
+    config = config_of(tiny_teacher, "fp32")
+    accelerator = start_accelerator(precision="fp32", batch_size=4, grad_clip_norm=1.0)
+    student = Student(config.student, 12)
+    optimizer = build_optimizer(student, config.optim)
+    optimizer.param_groups[0]["params"].pop()
+    with pytest.raises(AssertionError, match="optimizer and the trainable parameters differ"):
+        Engine(accelerator, student, Teacher(config.teacher), optimizer=optimizer, config=config)
