@@ -163,7 +163,9 @@ def _write_state(folder: Path, weights, memory: OptimizerState, objective, state
 
 def _publish(partial: Path, target: Path) -> None:
     """Flush every file, rename the directory, point `latest` at it: a kill at any moment leaves the old or the new."""
-    for path in sorted(partial.rglob("*")) + [partial]:
+    for path in [*partial.rglob("*"), partial]:
+        if path.suffix == ".safetensors":
+            path.chmod(0o644)  # safetensors makes files that only their owner can read
         _flush(path)
     shutil.rmtree(target, ignore_errors=True)  # left by a run that was resumed from before this step
     os.rename(partial, target)

@@ -226,7 +226,8 @@ def _evaluate(run: Path, data: Path) -> None:
     """Append to the run's results.jsonl, unless its newest checkpoint is there already."""
     step = int(resolve_release(str(run)).parent.name.removeprefix("step_"))
     print(f"  {run.name}", flush=True)
-    if not any(row["step"] == step for row in _results(run)):
+    done = {row["dataset"] for row in _results(run) if row["step"] == step}
+    if done != {folder.name for folder in data.iterdir()}:
         with (run / "out.log").open("a", encoding="utf-8") as log, redirect_stdout(log):  # its tables would bury ours
             suite.run(EvalConfig(model=str(run), data=str(data), num_workers=0))
 

@@ -16,16 +16,20 @@ from safetensors.torch import load_file
 pytestmark = pytest.mark.distributed
 
 STEPS, SAVE_EVERY = 14, 3
-DEEPSPEED = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}
-LAUNCHES = {
-    "one process": ([sys.executable], {}),
-    "ZeRO-2 on two": ([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"], DEEPSPEED),
-}
+TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 
 
-def command(launcher: list[str], folder, shards, teacher, name: str, *extra: str) -> list[str]:
+def zero(stage: int) -> dict[str, str]:
+    return {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": str(stage)}
+
+
+LAUNCHES = {"one process": ([sys.executable], {}), "ZeRO-2 on two": (TWO, zero(2))}
+OTHERS = {"one process": ([sys.executable], {}), "DDP on two": (TWO, {}), "ZeRO-3 on two": (TWO, zero(3))}
+
+
+def command(launcher: list[str], folder, shards, teacher, name: str, *extra: str, dropout: float = 0.5) -> list[str]:
     """`kd-accel train` of a tiny student whose patch dropout draws random numbers at every step."""
-    vision = "{image_size: 32, patch_size: 8, width: 16, layers: 1, head_width: 8, patch_dropout: 0.5}"
+    vision = f"{{image_size: 32, patch_size: 8, width: 16, layers: 1, head_width: 8, patch_dropout: {dropout}}}"
     text = "{context_length: 12, vocab_size: 49408, width: 16, heads: 2, layers: 1}"
     return [
         *launcher, "-m", "kd_accel", "train", f"name={name}", f"output_dir={folder}", "precision=fp32",
@@ -81,3 +85,26 @@ def test_killed_and_resumed_equals_uninterrupted(launch, tmp_path, train_shards,
             assert torch.equal(want[name].nan_to_num(), got[name].nan_to_num()), (
                 f"{file.name}: {name} (killed at {step})"
             )
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, train_shards, tiny_teacher):
+    """A ZeRO-2 run on two ranks without dropout, which draws differently on another number of ranks."""
+    folder = tmp_path_factory.mktemp("whole")
+    words = command(TWO, folder, train_shards, tiny_teacher, "whole", "save.keep_last=9", "optim.eps=1e-2", dropout=0)
+    run_process(words, env=zero(2))
+    return folder / "whole"
+
+
+@pytest.mark.parametrize("launch", OTHERS)
+def test_checkpoint_goes_on_under_another_engine(launch, whole, tmp_path, train_shards, tiny_teacher):
+    """ZeRO-2's checkpoint of two ranks continues elsewhere on the same samples: the same curve, up to rounding."""
+    launcher, env = OTHERS[launch]
+    half = whole / "checkpoints" / "step_00000006"
+    extra = [f"resume={half}", "optim.eps=1e-2"]
+    run_process(command(launcher, tmp_path, train_shards, tiny_teacher, "branch", *extra, dropout=0), env=env)
+    branch = curve(tmp_path / "branch")
+    assert [row["step"] for row in branch] == list(range(7, STEPS + 1))
+    for ours, theirs in zip(branch, curve(whole)[6:], strict=True):
+        for name in ("loss", "grad_norm", "temperature", "samples"):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-4), f"{name} at step {ours['step']}"
