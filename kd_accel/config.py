@@ -114,8 +114,8 @@ class TeacherConfig(Schema):
 class TemperatureConfig(Schema):
     """The student's temperature, 1 / logit_scale; fp32 and outside the engine whatever the precision."""
 
-    init: float = Field(0.07, gt=0, le=1)
-    """Value at the first step (0.07 is CLIP's, 0.1 SigLIP's)."""
+    init: float | None = Field(None, gt=0, le=1)
+    """Value at the first step; null: the model's own, which is 0.07 from scratch (SigLIP starts at 0.1)."""
     min: float = Field(0.01, gt=0, le=1)
     """Never below (0.01 is CLIP's)."""
     learnable: bool = True
@@ -123,7 +123,7 @@ class TemperatureConfig(Schema):
 
     @model_validator(mode="after")
     def _start_inside(self):
-        if self.init < self.min:
+        if self.init is not None and self.init < self.min:
             raise ValueError(f"init={self.init} lies below min={self.min}: raise init or lower min")
         return self
 

@@ -49,15 +49,21 @@ class Objective(nn.Module):
     """
 
     def __init__(
-        self, config: ObjectiveConfig, *, teacher_scale: float = 1.0, betas: tuple[float, float] = (0.9, 0.98)
+        self,
+        config: ObjectiveConfig,
+        *,
+        log_scale: float = -math.log(0.07),
+        teacher_scale: float = 1.0,
+        betas: tuple[float, float] = (0.9, 0.98),
     ):
-        """`teacher_scale` is the teacher's own 1 / temperature."""
+        """`log_scale` is what the student starts with, `teacher_scale` the teacher's 1 / temperature."""
         super().__init__()
         self.config = config
         self.teacher_scale = teacher_scale
         self.max_log_scale = -math.log(config.temperature.min)
         # What is learned here, fp32, replicated.
-        start = torch.tensor(-math.log(config.temperature.init))
+        init = config.temperature.init
+        start = torch.tensor(log_scale if init is None else -math.log(init))
         self.log_scale = nn.Parameter(start.clone(), requires_grad=config.temperature.learnable)
         self.logit_bias = None if config.logit_bias is None else nn.Parameter(torch.tensor(config.logit_bias))
         own = [n for n, t in config.terms.items() if isinstance(t, InteractiveContrastive) and t.scale == "own"]

@@ -195,7 +195,12 @@ class Trainer:
 
     def _build_objective(self) -> Objective:
         teacher_scale = 1.0 if self.teacher is None else self.teacher.logit_scale
-        return Objective(self.config.objective, teacher_scale=teacher_scale, betas=self.config.optim.betas)
+        return Objective(
+            self.config.objective,
+            log_scale=self.student.scale.log_scale,
+            teacher_scale=teacher_scale,
+            betas=self.config.optim.betas,
+        )
 
     def _open_folder(self, resume_from: Path | None) -> None:
         """Load the checkpoint, if any, and make the run's files."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import tarfile
@@ -10,7 +11,7 @@ import tarfile
 import pytest
 import tiny
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from kd_accel.config import TrainConfig
 from kd_accel.schema import ConfigError, validate
@@ -119,6 +120,19 @@ def test_siglip_needs_no_teacher(config, tmp_path):
     assert release["logit_bias"].item() != -10.0
 
 
+def test_pretrained_student_keeps_its_temperature(config, tmp_path, tiny_teacher):
+    """temperature.init=null starts from the scale that came with the weights; a number replaces it."""
+    weights = load_file(tiny_teacher / "open_clip_model.safetensors")
+    weights["logit_scale"] = torch.tensor(math.log(1 / 0.03))
+    save_file(weights, tmp_path / "trained.safetensors")
+    student = {"arch": tiny.arch(24, 12), "pretrained": str(tmp_path / "trained.safetensors")}
+    run(config(name="own", student=student, optim={"lr": 1e-2, "steps": 1}))
+    assert rows(tmp_path / "own")[0]["temperature"] == pytest.approx(0.03)
+    objective = {"terms": {"clip": {"kind": "clip"}, "kl": {"kind": "logit_kl"}}, "temperature": {"init": 0.1}}
+    run(config(name="given", student=student, objective=objective, optim={"lr": 1e-2, "steps": 1}))
+    assert rows(tmp_path / "given")[0]["temperature"] == pytest.approx(0.1)
+
+
 # What it refuses ------------------------------------------------------------------------------------------------------
 
 
@@ -194,8 +208,6 @@ def test_too_many_bad_samples_stop_the_run(config, tmp_path, train_shards):
 
 def test_non_finite_features_stop_before_the_update(config, tiny_teacher, tmp_path):
     """A teacher that says nan ends the run naming step, term, input and ids; nothing was updated."""
-    from safetensors.torch import save_file
-
     from kd_accel.objective import NonFiniteLoss
 
     broken = tmp_path / "broken"

@@ -18,12 +18,13 @@ class Student(nn.Module):
     contract    what it wants as input
     model_cfg   open_clip's description of it, for the release
     embed_dim   d
+    scale       what it starts with: of its weights, or of its architecture
     """
 
     def __init__(self, config: StudentConfig, teacher_dim: int | None):
         """Fresh weights come from torch's global generator; those of the projector last. Raises ConfigError."""
         super().__init__()
-        self.clip, self.contract, self.model_cfg, _ = build_open_clip(
+        self.clip, self.contract, self.model_cfg, self.scale = build_open_clip(
             config.arch, pretrained=config.pretrained, preprocess=config.preprocess, name="student"
         )
         self.embed_dim: int = self.model_cfg["embed_dim"]

@@ -1,0 +1,130 @@
+"""Which checkpoint counts as the newest, which ones stay, and what resume refuses before anything is loaded."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from kd_accel import checkpoint
+from kd_accel.config import SaveConfig, TrainConfig
+from kd_accel.schema import ConfigError, validate
+
+
+@pytest.fixture
+def run(tmp_path) -> Path:
+    """A run with checkpoints of steps 2 to 12, all whole as far as their names and progress files tell."""
+    for step in range(2, 13, 2):
+        add(tmp_path, f"step_{step:08d}")
+    (tmp_path / "checkpoints" / "latest").write_text("step_00000012\n")
+    (tmp_path / "config.yaml").write_text("name: x\n")
+    return tmp_path
+
+
+def add(run: Path, name: str) -> Path:
+    state = run / "checkpoints" / name / "state"
+    state.mkdir(parents=True)
+    (state / "progress.json").write_text("{}")
+    return state.parent
+
+
+def config(resume: str) -> TrainConfig:
+    return validate(
+        TrainConfig,
+        {
+            "name": "x",
+            "resume": resume,
+            "data": {"shards": "none", "batch_size": 1},
+            "student": {"arch": "ViT-B-32"},
+            "objective": {"terms": {"clip": {"kind": "clip"}}},
+            "optim": {"lr": 1, "steps": 1},
+        },
+    )
+
+
+def steps(run: Path) -> list[int]:
+    return sorted(int(path.name.removeprefix("step_")) for path in (run / "checkpoints").glob("step_*"))
+
+
+def test_latest_names_the_newest(run):
+    """`latest` decides, not the highest number: a resumed run may lie behind an older one."""
+    (run / "checkpoints" / "latest").write_text("step_00000004\n")
+    assert checkpoint.newest(run).name == "step_00000004"
+
+
+@pytest.mark.parametrize("pointer", [None, "step_00000099\n", ""])
+def test_lost_pointer_falls_back_to_the_highest_step(run, pointer):
+    """A deleted, dangling or empty `latest`, and a half-written checkpoint beside: the highest whole one."""
+    (run / "checkpoints" / "latest").unlink()
+    if pointer is not None:
+        (run / "checkpoints" / "latest").write_text(pointer)
+    add(run, ".partial_step_00000014")
+    assert checkpoint.newest(run).name == "step_00000012"
+
+
+def test_a_run_without_checkpoints_has_no_newest(tmp_path):
+    """resume=auto then starts from the beginning."""
+    assert checkpoint.newest(tmp_path) is None
+    assert checkpoint.find(config("auto"), tmp_path) is None
+    assert checkpoint.find(config("never"), tmp_path) is None
+
+
+def test_existing_run_is_refused(run):
+    """resume=never names the two ways on."""
+    with pytest.raises(ConfigError, match="this run exists; resume=auto goes on with it, name=OTHER"):
+        checkpoint.find(config("never"), run)
+
+
+def test_path_must_be_a_checkpoint(run):
+    """A run is not a checkpoint; a checkpoint is."""
+    with pytest.raises(ConfigError, match="not a checkpoint directory"):
+        checkpoint.find(config(str(run)), run)
+    wanted = run / "checkpoints" / "step_00000006"
+    assert checkpoint.find(config(str(wanted)), run) == wanted
+
+
+@pytest.mark.parametrize(
+    ("options", "kept"),
+    [
+        ({"keep_last": 2}, [10, 12]),
+        ({"keep_last": 1, "keep_every": 4}, [4, 8, 12]),
+        ({"keep_last": 99}, list(range(2, 13, 2))),
+    ],
+)
+def test_keep_rules(run, options, kept):
+    """The newest keep_last stay, and every multiple of keep_every."""
+    checkpoint._prune(run / "checkpoints", SaveConfig(**options))
+    assert steps(run) == kept
+
+
+def test_published_checkpoint_replaces_and_is_readable(run):
+    """Publishing over a directory of the same step swaps it whole, moves `latest`, and leaves no partial."""
+    partial = add(run, ".partial_step_00000004")
+    (partial / "state" / "weights.safetensors").touch(mode=0o600)
+    checkpoint._publish(partial, run / "checkpoints" / "step_00000004")
+    assert not partial.exists()
+    assert checkpoint.newest(run).name == "step_00000004"
+    assert (run / "checkpoints/step_00000004/state/weights.safetensors").stat().st_mode & 0o444 == 0o444
+
+
+def test_random_state_round_trip():
+    """torch, numpy and Python go on with the same numbers, also in the middle of a pair of Gaussians."""
+
+    def draw() -> tuple:
+        return (
+            torch.rand(3).tolist(),
+            np.random.rand(3).tolist(),
+            random.random(),
+            np.random.randn(),
+            random.gauss(0, 1),
+        )
+
+    np.random.randn(), random.gauss(0, 1)  # each keeps the second of a pair for the next call
+    state = checkpoint._random_state()
+    first = draw()
+    draw()
+    checkpoint._set_random_state(state)
+    assert draw() == first
