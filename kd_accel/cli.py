@@ -36,6 +36,14 @@ VERBS = {
 }
 
 
+def run() -> None:
+    """The program: `main` on the command line's words, then the end of this process."""
+    code = main()
+    if "kd_accel.distributed" in sys.modules:
+        sys.modules["kd_accel.distributed"].end_process(code)
+    sys.exit(code)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; the exit code: 0, 2 after a user's mistake (one line each on stderr), 130 after Ctrl-C."""
     words = sys.argv[1:] if argv is None else argv
@@ -45,10 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         verb, config = parse(words)
         module, function = VERBS[verb][1].split(":")
-        code = getattr(import_module(module), function)(config) or 0
-        if "kd_accel.distributed" in sys.modules:
-            sys.modules["kd_accel.distributed"].shut_down()
-        return code
+        return getattr(import_module(module), function)(config) or 0
     except ConfigError as error:
         # Every rank meets the same mistake, and one of them says so; what one rank meets alone, it says itself.
         if os.environ.get("RANK", "0") == "0" or isinstance(error, LocalError):

@@ -7,7 +7,9 @@ features are gathered detached and their gradients are summed by hand, which is 
 
 from __future__ import annotations
 
+import logging
 import os
+import sys
 from datetime import timedelta
 from typing import Any
 
@@ -108,7 +110,17 @@ def from_main(value: Any) -> Any:
     return box[0]
 
 
-def shut_down() -> None:
-    """Leave the process group, so that a finished run ends without warnings."""
-    if dist.is_initialized():
+def end_process(code: int) -> None:
+    """End a process that belongs to a group at once, with exit code `code`; without a group, return.
+
+    The interpreter's own clean-up would, now and then, meet a gloo thread that still holds a finished collective's
+    tensors, and abort a run that was complete (SIGABRT, "terminate called without an active exception").
+    """
+    if not dist.is_initialized():
+        return
+    if code == 0:
         dist.destroy_process_group()
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

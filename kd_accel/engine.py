@@ -53,11 +53,13 @@ class Engine:
         self.replicated = None if inside or teacher is None else teacher.to(accelerator.device)
         pair = Pair(student, teacher if inside else None)
         _check_coverage(pair, optimizer)
-        exact = {name: p.detach().clone() for name, p in student.named_parameters()}
+        # DeepSpeed makes its fp32 masters from the weights after their rounding to bf16: keep the exact ones for them.
+        rounds = self.zero_stage and config.precision == "bf16"
+        exact = {name: p.detach().clone() for name, p in student.named_parameters()} if rounds else {}
         self.module, self.optimizer = accelerator.prepare(pair, optimizer)
         self._check_engine()
-        if self.zero_stage and config.precision == "bf16":
-            self.load_weights(exact)  # DeepSpeed makes its fp32 masters from the weights after their rounding to bf16
+        if rounds:
+            self.load_weights(exact)
 
     def forward(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """(student's, teacher's) raw features of this rank; the teacher's are empty without one."""

@@ -14,6 +14,7 @@ import pytest
 import tiny
 
 REPO = Path(__file__).resolve().parent.parent
+EXIT_STATUS = pytest.StashKey[int]()
 
 
 def _folder(variable: str, name: str) -> Path:
@@ -101,3 +102,14 @@ def train_shards(tmp_path_factory) -> Path:
 def tiny_teacher(tmp_path_factory) -> Path:
     """The release directory of an untrained CLIP; read only."""
     return tiny.write_teacher(tmp_path_factory.mktemp("teacher") / "release")
+
+
+def pytest_sessionfinish(session, exitstatus) -> None:
+    session.config.stash[EXIT_STATUS] = int(exitstatus)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_unconfigure(config) -> None:
+    """Tests of the engine leave a process group of one behind, and with it the end described in end_process."""
+    if "kd_accel.distributed" in sys.modules and EXIT_STATUS in config.stash:
+        sys.modules["kd_accel.distributed"].end_process(config.stash[EXIT_STATUS])

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from kd_accel import distributed
 from kd_accel.config import TrainConfig
 from kd_accel.engine import Engine
-from kd_accel.launch import end_accelerator, start_accelerator
+from kd_accel.launch import start_accelerator
 from kd_accel.models.student import Student
 from kd_accel.models.teacher import Teacher
 from kd_accel.objective import Objective
@@ -107,7 +107,7 @@ def main() -> None:
     results = train(name, int(size), teacher)
     if distributed.is_main():
         save_file(results, out)
-    end_accelerator()
+    distributed.end_process(0)
 
 
 if __name__ == "__main__":

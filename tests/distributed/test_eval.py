@@ -75,7 +75,7 @@ assert distributed.gather_uneven_rows(mine)[:, 1].tolist() == [0, 0, 2, 2, 2]
 assert distributed.gather_uneven_rows(mine.long()[:, 0]).tolist() == [0, 0, 2, 2, 2]
 assert distributed.gather_uneven_rows(mine[:0]).shape == (0, 2)
 assert deal(10, 3) == [[range(0, 3), range(9, 10)], [range(3, 6)], [range(6, 9)]]  # the same batches as alone
-distributed.shut_down()
+distributed.end_process(0)
 """
 
 

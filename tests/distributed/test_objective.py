@@ -155,7 +155,7 @@ def _main(job: str) -> None:
         torch.save(
             {"runs": _all_runs(chunk_rows=2), "complaint": _complaint()}, Path(job) / f"rank{distributed.rank()}.pt"
         )
-    distributed.shut_down()
+    distributed.end_process(0)
 
 
 if __name__ == "__main__":
