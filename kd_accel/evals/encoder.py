@@ -6,7 +6,6 @@ n images, m texts, d embedding width.
 from __future__ import annotations
 
 import logging
-import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -41,7 +40,6 @@ class Encoder:
     model: nn.Module
     contract: InputContract
     embed_dim: int  # d
-    logit_scale: float  # 1 / temperature
 
     @property
     def title(self) -> str:
@@ -74,7 +72,7 @@ def load_encoder(model: str | Path, *, precision: str = "fp32") -> Encoder:
     Raises ConfigError where `model` is none of the three.
     """
     release = resolve_release(str(model)).resolve()
-    towers, contract, model_cfg, scale = read_release(release)
+    towers, contract, model_cfg, _ = read_release(release)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     name, step, home = _origin(release)
     return Encoder(
@@ -84,7 +82,6 @@ def load_encoder(model: str | Path, *, precision: str = "fp32") -> Encoder:
         model=towers.to(device, _DTYPES[precision]).eval(),
         contract=contract,
         embed_dim=model_cfg["embed_dim"],
-        logit_scale=math.exp(scale.log_scale),
     )
 
 

@@ -9,6 +9,7 @@ Each set appends one row to results.jsonl as soon as it is done; a table of all 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,7 @@ def run(config: EvalConfig) -> None:
     if problem := distributed.from_main(_why_not_writable(output) if distributed.is_main() else None):
         raise ConfigError(problem)
     rows = []
-    for eval_set in eval_sets:
-        row = _evaluate_set(encoder, eval_set, config.batch_size, config.num_workers)
+    for row in evaluate(encoder, eval_sets, batch_size=config.batch_size, num_workers=config.num_workers):
         rows.append(row)
         if distributed.is_main():
             _append(output, row)
@@ -43,10 +43,11 @@ def run(config: EvalConfig) -> None:
 
 
 def evaluate(
-    encoder: Encoder, folders: str | Path | list[str | Path], *, batch_size: int, num_workers: int
-) -> list[dict[str, Any]]:
-    """One row of results.jsonl per set in `folders`; the same rows on every rank."""
-    return [_evaluate_set(encoder, eval_set, batch_size, num_workers) for eval_set in find_sets(folders)]
+    encoder: Encoder, eval_sets: list[EvalSet], *, batch_size: int, num_workers: int
+) -> Iterator[dict[str, Any]]:
+    """One row of results.jsonl per set, as soon as it is done; the same rows on every rank."""
+    for eval_set in eval_sets:
+        yield _evaluate_set(encoder, eval_set, batch_size, num_workers)
 
 
 def _evaluate_set(encoder: Encoder, eval_set: EvalSet, batch_size: int, num_workers: int) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 from kd_accel.config import EvalConfig
 from kd_accel.evals.encoder import load_encoder
+from kd_accel.evals.folders import find_sets
 from kd_accel.evals.suite import evaluate, run, table
 from kd_accel.models.towers import to_model_input
 from kd_accel.schema import ConfigError
@@ -76,7 +77,7 @@ def test_a_corrupt_image_is_counted_and_named(encoder, tmp_path, write_benchmark
     samples["s0002"]["png"] = samples["s0002"]["png"][:-40]
     folder = write_benchmark(tmp_path / "set", samples, num_classes=3)
     with caplog.at_level(logging.WARNING):
-        [row] = evaluate(encoder, folder, batch_size=2, num_workers=2)
+        [row] = evaluate(encoder, find_sets(folder), batch_size=2, num_workers=2)
     assert (row["n"], row["bad"]) == (4, 1)
     assert "s0002: image cannot be decoded" in caplog.text
 
@@ -85,7 +86,7 @@ def test_a_set_of_corrupt_images_is_an_error(encoder, tmp_path, write_benchmark,
     """Nothing to measure is not a recall of 0."""
     samples = {key: {**members, "png": b"junk"} for key, members in captioned([1, 1]).items()}
     with pytest.raises(ConfigError, match="none of its 2 images is readable; the first: s0000"):
-        evaluate(encoder, write_benchmark(tmp_path / "set", samples), batch_size=2, num_workers=0)
+        list(evaluate(encoder, find_sets(write_benchmark(tmp_path / "set", samples)), batch_size=2, num_workers=0))
 
 
 @pytest.mark.parametrize(("tower", "said"), [("visual", "image features of things"), ("text", "text features")])
@@ -96,7 +97,7 @@ def test_features_that_are_not_finite_name_the_model(release, sets, tower, said)
     for parameter in parts:
         parameter.data.fill_(float("nan"))
     with pytest.raises(ConfigError, match=rf"untrained: .* {said}.* not finite"):
-        evaluate(encoder, sets / "things", batch_size=4, num_workers=0)
+        list(evaluate(encoder, find_sets(sets / "things"), batch_size=4, num_workers=0))
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -125,10 +126,10 @@ def test_the_table_is_aligned():
 
 def test_real_sets(encoder, data_root):
     """Real folders load whole: sizes as documented, and an untrained model is near chance."""
-    [flowers] = evaluate(encoder, data_root / "zeroshot" / "flowers5", batch_size=128, num_workers=0)
+    [flowers] = evaluate(encoder, find_sets(data_root / "zeroshot" / "flowers5"), batch_size=128, num_workers=0)
     assert (flowers["task"], flowers["n"], flowers["bad"]) == ("zero_shot", 736, 0)
     assert flowers["metrics"]["acc5"] == 1
     assert flowers["metrics"]["acc1"] < 0.45  # chance is 0.2
-    [pairs] = evaluate(encoder, str(data_root / "pairs" / "val"), batch_size=128, num_workers=0)
+    [pairs] = evaluate(encoder, find_sets(str(data_root / "pairs" / "val")), batch_size=128, num_workers=0)
     assert (pairs["task"], pairs["n"], pairs["bad"]) == ("retrieval", 596, 0)
     assert pairs["metrics"]["text_retrieval_recall@10"] < 0.1  # chance is 0.017
