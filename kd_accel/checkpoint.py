@@ -32,9 +32,9 @@ from kd_accel.schema import ConfigError, dump, load
 
 LATEST = "latest"
 # Sections and keys that decide what is learned: a resumed run may not change them.
-FIXED = ("seed", "student", "teacher", "objective", "data")
+FIXED = ("seed", "student", "teacher", "teachers", "objective", "data")
 FREE = ("data.num_workers", "data.max_bad_fraction", "data.batch_size", "data.global_batch_size")
-FREE += ("objective.chunk_rows", "student.grad_checkpointing", "teacher.placement")
+FREE += ("objective.chunk_rows", "student.grad_checkpointing")
 
 
 @dataclass
@@ -139,7 +139,7 @@ def check_config(checkpoint: Path, config: TrainConfig, *, global_batch: int, st
     old = flat(load(TrainConfig, [checkpoint / "state" / "config.yaml"]).model_dump(mode="json"))
     new = flat(config.model_dump(mode="json"))
     changed = [key for key in old | new if old.get(key) != new.get(key) and key not in ("resume", "name", "output_dir")]
-    fixed = [key for key in changed if key.split(".")[0] in FIXED and key not in FREE]
+    fixed = [key for key in changed if key.split(".")[0] in FIXED and key not in FREE and "placement" not in key]
     lines = [f"{key}: the checkpoint has {old.get(key)!r}, the config {new.get(key)!r}" for key in fixed]
     if state.global_batch != global_batch:
         lines.append(

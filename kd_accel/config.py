@@ -5,13 +5,14 @@ Imports no torch: `kd-accel --help` and `kd-accel config` answer at once.
 
 from __future__ import annotations
 
+import re
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from kd_accel.schedules import Scheduled
 from kd_accel.schema import Schema
-from kd_accel.terms import AnyTerm, DistillationTerm, SigLip
+from kd_accel.terms import AnyTerm, LabelCE, SigLip, check_teachers
 
 
 class AugmentConfig(Schema):
@@ -45,6 +46,8 @@ class DataConfig(Schema):
     """Samples per optimizer step over all processes, instead of batch_size; a run may then resume on more or fewer."""
     caption: str = "txt"
     """Extension of the tar member that holds the caption."""
+    label: str | None = None
+    """Extension of the tar member that holds the class number (webdataset's cls), for label_ce; null: no labels."""
     num_workers: int = Field(2, ge=0)
     """Loader processes per training process; 0 decodes in the training process itself."""
     shuffle_window: int = Field(8, gt=0)
@@ -73,6 +76,17 @@ class PreprocessConfig(Schema):
     """Which side meets the image size, as in open_clip."""
 
 
+class PrototypeHeadConfig(Schema):
+    """A small network per tower whose output is clustered and compared with clusters (ProtoCLIP's projection heads)."""
+
+    hidden: int = Field(2048, gt=0)
+    """Width of the hidden layers."""
+    width: int = Field(128, gt=0)
+    """Width of what comes out."""
+    layers: int = Field(1, gt=0)
+    """Hidden layers."""
+
+
 class StudentConfig(Schema):
     """The model that learns."""
 
@@ -82,8 +96,14 @@ class StudentConfig(Schema):
     """Start from these weights: an open_clip tag of the architecture, or a file; null starts from scratch."""
     preprocess: PreprocessConfig | None = None
     """Replaces the architecture's own mean, std and resizing."""
-    projector: Literal["linear"] | None = None
-    """linear: a trained layer per tower from the student's width to the teacher's, for terms that compare features."""
+    projector: Literal["linear", "mlp"] | None = None
+    """linear: a trained layer per tower from the student's width to the teacher's, for terms that compare features.
+
+    mlp: two layers with a GELU between them."""
+    num_classes: int | None = Field(None, gt=1)
+    """A linear class head on the image embedding, for label_ce without class embeddings."""
+    prototype_head: PrototypeHeadConfig | None = None
+    """A head per tower for the term prototype; null: it uses the embeddings themselves."""
     grad_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
 
@@ -99,6 +119,10 @@ class TeacherConfig(Schema):
     """A release directory (open_clip_config.json beside its weights), or one of our runs (its newest checkpoint)."""
     placement: Literal["engine", "replicated"] = "engine"
     """engine: in the prepared module (ZeRO-3 partitions it). replicated: a whole copy per process, outside of it."""
+    temperature: float | None = Field(None, gt=0)
+    """Of its logits in every term; null: the one it was trained to."""
+    weight: float = Field(1.0, gt=0)
+    """Factor of the terms that learn from it, and its share in an ensemble."""
 
     @model_validator(mode="after")
     def _one_source(self):
@@ -154,12 +178,20 @@ class ObjectiveConfig(Schema):
 
 
 class OptimConfig(Schema):
-    """AdamW with linear warm-up and cosine decay."""
+    """The towers' optimizer, and how its learning rate moves after a linear warm-up."""
 
+    optimizer: Literal["adamw", "lamb"] = "adamw"
+    """lamb: layer-wise steps for very large batches (arXiv 1904.00962); needs whole parameters, so no ZeRO."""
     lr: float = Field(gt=0)
     """Peak learning rate."""
+    schedule: Literal["cosine", "constant", "constant_cooldown"] = "cosine"
+    """After the warm-up: half a cosine to min_lr; lr to the end; lr, and at the end cooldown_steps down to min_lr."""
     min_lr: float = Field(0.0, ge=0)
-    """Learning rate at the end of the cosine."""
+    """Learning rate at the end of the cosine or of the cooldown."""
+    cooldown_steps: int = Field(0, ge=0)
+    """Steps of the cooldown of constant_cooldown."""
+    cooldown_power: float = Field(1.0, gt=0)
+    """1: the cooldown is a straight line; more: it bends towards min_lr."""
     epochs: int | None = Field(None, gt=0)
     """Length of the run in epochs (give one of epochs, steps)."""
     steps: int | None = Field(None, gt=0)
@@ -181,6 +213,8 @@ class OptimConfig(Schema):
     def _one_length(self):
         if (self.epochs is None) == (self.steps is None):
             raise ValueError("give exactly one of epochs and steps")
+        if (self.schedule == "constant_cooldown") != bool(self.cooldown_steps):
+            raise ValueError("cooldown_steps and schedule=constant_cooldown need each other: set both or neither")
         return self
 
 
@@ -223,23 +257,41 @@ class TrainConfig(Schema):
     student: StudentConfig
     teacher: TeacherConfig | None = None
     """null trains the student without distillation."""
+    teachers: dict[str, TeacherConfig] = {}
+    """Several teachers by name, instead of teacher; every term then names its own."""
     objective: ObjectiveConfig
     optim: OptimConfig
     save: SaveConfig = SaveConfig()
     log: LogConfig = LogConfig()
 
+    @field_validator("teachers")
+    @classmethod
+    def _names(cls, value):
+        for name in value:
+            if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or name == "student":
+                raise ValueError(f"'{name}' cannot name a teacher: small letters, digits and _, and not 'student'")
+        return value
+
     @model_validator(mode="after")
-    def _teacher_fits_terms(self):
-        needing = [name for name, term in self.objective.terms.items() if isinstance(term, DistillationTerm)]
-        if needing and self.teacher is None:
+    def _teachers_fit_terms(self):
+        if self.teacher is not None and self.teachers:
+            raise ValueError("give either teacher or teachers, not both")
+        check_teachers(self.objective.terms, list(teachers_of(self)))
+        return self
+
+    @model_validator(mode="after")
+    def _labels_fit_terms(self):
+        labelled = [name for name, term in self.objective.terms.items() if isinstance(term, LabelCE)]
+        if labelled and self.data.label is None:
             raise ValueError(
-                f"objective.terms.{needing[0]} needs a teacher: add the section teacher, or set the term to null"
-            )
-        if self.teacher is not None and not needing:
-            raise ValueError(
-                "teacher is given but no term of objective.terms uses it: add one (logit_kl, ...) or set teacher=null"
+                f"objective.terms.{labelled[0]} needs labels: set data.label to the class member's extension"
             )
         return self
+
+
+def teachers_of(config: TrainConfig) -> dict[str, TeacherConfig]:
+    """Every teacher by its name; the single one is called "teacher"."""
+    return config.teachers or ({"teacher": config.teacher} if config.teacher is not None else {})
 
 
 class IndexConfig(Schema):

@@ -58,7 +58,7 @@ def gather_rows(rows: dict[str, Tensor]) -> dict[str, Tensor]:
 
     All tensors share b and a dtype; b is the same on every rank.
     """
-    if world_size() == 1:
+    if world_size() == 1 or not rows:
         return {name: tensor.detach() for name, tensor in rows.items()}
     packed = torch.cat([tensor.detach() for tensor in rows.values()], dim=1).contiguous()  # [b, sum d_k]
     everyone = [torch.empty_like(packed) for _ in range(world_size())]

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kd_accel import distributed
-from kd_accel.config import TrainConfig
+from kd_accel.config import TrainConfig, teachers_of
 from kd_accel.models.pair import Pair
 from kd_accel.models.student import Student
 from kd_accel.models.teacher import Teacher
@@ -37,21 +37,22 @@ class Engine:
         self,
         accelerator,
         student: Student,
-        teacher: Teacher | None,
+        teachers: dict[str, Teacher],
         *,
         optimizer: torch.optim.Optimizer,
         config: TrainConfig,
     ):
-        """Prepare student and optimizer, and the teacher with them unless its placement is `replicated`."""
+        """Prepare student and optimizer, and with them every teacher whose placement is not `replicated`."""
         self.accelerator = accelerator
         self.grad_clip_norm = config.optim.grad_clip_norm
         self.zero_stage = accelerator.deepspeed_plugin.zero_stage if accelerator.deepspeed_plugin else 0
         self.student = student
-        if teacher is not None and config.precision == "bf16":
-            teacher.to(torch.bfloat16)  # frozen: no master weights to keep
-        inside = teacher is not None and config.teacher.placement == "engine"
-        self.replicated = None if inside or teacher is None else teacher.to(accelerator.device)
-        pair = Pair(student, teacher if inside else None)
+        if config.precision == "bf16":
+            for teacher in teachers.values():
+                teacher.to(torch.bfloat16)  # frozen: no master weights to keep
+        inside = {name for name, section in teachers_of(config).items() if section.placement == "engine"}
+        self.replicated = {n: t.to(accelerator.device) for n, t in teachers.items() if n not in inside}
+        pair = Pair(student, {name: teacher for name, teacher in teachers.items() if name in inside})
         _check_coverage(pair, optimizer)
         # DeepSpeed makes its fp32 masters from the weights after their rounding to bf16: keep the exact ones for them.
         rounds = self.zero_stage and config.precision == "bf16"
@@ -61,12 +62,11 @@ class Engine:
         if rounds:
             self.load_weights(exact)
 
-    def forward(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """(student's, teacher's) raw features of this rank; the teacher's are empty without one."""
-        out = self.module(batch.image, batch.text["student"], batch.text.get("teacher"))
-        if self.replicated is not None:
-            return out["student"], self.replicated(batch.image, batch.text["teacher"])
-        return out["student"], out.get("teacher", {})
+    def forward(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
+        """(student's, every teacher's by name) raw features of this rank."""
+        out = self.module(batch.image, batch.text)
+        student = out.pop("student")
+        return student, out | {name: t(batch.image, batch.text[name]) for name, t in self.replicated.items()}
 
     def backward(self, features: dict[str, Tensor], gradients: dict[str, Tensor]) -> None:
         """Send the gradients of this rank's features into the towers.

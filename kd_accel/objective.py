@@ -7,6 +7,9 @@ tower. It walks this rank's rows in chunks against everybody's columns, forward 
 each chunk's graph is freed at once; then the gradients of all columns are summed over the ranks and every rank takes
 those of its own rows. W ranks with b rows give what one rank gives with W * b.
 
+Terms that need the whole batch at once are computed alike on every rank, each contributing its 1 / W share.
+What a step is to leave in memory is kept aside until step(): when the engine skips, nothing is remembered.
+
 Letters: b rows of this rank, c rows of one chunk, B rows of all ranks, d embedding width.
 """
 
@@ -16,16 +19,18 @@ import math
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kd_accel import distributed
-from kd_accel.chunks import Chunk, Step, mean
+from kd_accel import distributed, terms
+from kd_accel.bindings import row_losses, student_columns, teacher_columns, whole_loss
+from kd_accel.chunks import CONTRASTED, Chunk, Step, unit
 from kd_accel.config import ObjectiveConfig
-from kd_accel.losses import contrastive, distillation
+from kd_accel.global_contrast import GlobalContrast
+from kd_accel.memory import SampleMemory
+from kd_accel.recall import Centers, Clusters, Fusion, Queues, Recall
 from kd_accel.schedules import Progress, value_at
 from kd_accel.temperature import block_outward, logit_scale
-from kd_accel.terms import Clip, DistillationTerm, FeatureMSE, InteractiveContrastive, LogitKL, SigLip
+from kd_accel.types import TeacherSpec
 
 
 @dataclass(frozen=True)
@@ -33,7 +38,7 @@ class Outcome:
     """What the objective says of one step; alike on every rank but for the gradients."""
 
     loss: Tensor  # [] the total, over the global batch
-    metrics: dict[str, Tensor]  # [] each: loss/<term> before its weight, confidence
+    metrics: dict[str, Tensor]  # [] each: loss/<term> before its weight, confidence, temperature/<term>
     gradients: dict[str, Tensor]  # this rank's features -> [b, d], of the total loss
 
 
@@ -42,10 +47,16 @@ class NonFiniteLoss(FloatingPointError):
 
 
 class Objective(nn.Module):
-    """The weighted sum of terms and what they learn.
+    """The weighted sum of terms, what they learn and what they remember.
 
-    Temperature, bias and the terms' own scales stay here in fp32, whatever the engine's precision, with their own
-    AdamW: inside a bf16 engine 30 updates of a logit scale show two distinct values.
+    log_scale, logit_bias   the student's temperature and bias
+    own_log_scale           by term: a logit scale of its own
+    recall                  by term: memory, queues, networks
+    confidences             by teacher: alpha of every sample id, nan where it was never seen
+    optimizer               AdamW of all that is learned here
+
+    All of it is fp32, whatever the engine's precision: inside a bf16 engine 30 updates of a logit scale show two
+    distinct values.
     """
 
     def __init__(
@@ -53,23 +64,39 @@ class Objective(nn.Module):
         config: ObjectiveConfig,
         *,
         log_scale: float = -math.log(0.07),
-        teacher_scale: float = 1.0,
+        teachers: dict[str, TeacherSpec] | None = None,
+        widths: dict[str, int] | None = None,
+        num_ids: int | None = None,
+        class_embeddings: dict[str, Tensor] | None = None,
         betas: tuple[float, float] = (0.9, 0.98),
+        eps: float = 1e-8,
     ):
-        """`log_scale` is what the student starts with, `teacher_scale` the teacher's 1 / temperature."""
+        """`log_scale` is what the student starts with, `widths` those of its features by name, `num_ids` the number
+        of samples in the data, `class_embeddings` [C, d] by the name of the label_ce term that uses them."""
         super().__init__()
-        self.config = config
-        self.teacher_scale = teacher_scale
+        self.config, self.teachers = config, teachers or {}
         self.max_log_scale = -math.log(config.temperature.min)
         # What is learned here, fp32, replicated.
         init = config.temperature.init
         start = torch.tensor(log_scale if init is None else -math.log(init))
         self.log_scale = nn.Parameter(start.clone(), requires_grad=config.temperature.learnable)
         self.logit_bias = None if config.logit_bias is None else nn.Parameter(torch.tensor(config.logit_bias))
-        own = [n for n, t in config.terms.items() if isinstance(t, InteractiveContrastive) and t.scale == "own"]
-        self.own_log_scale = nn.ParameterDict({name: nn.Parameter(start.clone()) for name in own})
-        learned = [p for p in self.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(learned, betas=betas, eps=1e-8, weight_decay=0.0) if learned else None
+        self.own_log_scale = nn.ParameterDict(
+            {name: nn.Parameter(start.clone()) for name, term in config.terms.items() if _has_own_scale(term)}
+        )
+        # What is remembered here, alike on every rank.
+        made = {
+            name: self._recall(name, term, widths or {}, num_ids, betas, eps) for name, term in config.terms.items()
+        }
+        self.recall = nn.ModuleDict({name: module for name, module in made.items() if module is not None})
+        weighed = {self._teacher(term) for term in config.terms.values() if _uses_confidence(term)}
+        self.confidences = nn.ModuleDict(
+            {name: SampleMemory(num_ids, {"alpha": math.nan}) for name in sorted(weighed) if num_ids is not None}
+        )
+        for name, embeddings in (class_embeddings or {}).items():
+            self.register_buffer(f"classes_{name}", _fp32(embeddings), persistent=False)
+        self._staged: dict[str, Tensor] | None = None  # what the last forward noted, of all ranks
+        self.optimizer = self._build_optimizer(betas, eps)
 
     @property
     def log_logit_scale(self) -> float:
@@ -86,39 +113,60 @@ class Objective(nn.Module):
         """The student's logit bias, where there is one."""
         return None if self.logit_bias is None else self.logit_bias.item()
 
-    def forward(self, student: dict[str, Tensor], teacher: dict[str, Tensor], progress: Progress) -> Outcome:
+    def forward(
+        self,
+        student: dict[str, Tensor],
+        teachers: dict[str, dict[str, Tensor]],
+        progress: Progress,
+        *,
+        ids: Tensor | None = None,
+        labels: Tensor | None = None,
+    ) -> Outcome:
         """One step's loss and gradients from the raw features of this rank.
 
-        student: image, text [b, d] and, with a projector, projected_image, projected_text [b, d_teacher];
-        teacher: image, text [b, d_teacher], or empty. Fills `.grad` of the objective's own parameters.
-        Raises NonFiniteLoss, on all ranks, when the total is not a finite number.
+        student: image, text [b, d] and what else it has: projected_*, masked_*, prototype_*, class_logits;
+        teachers: by name, image and text [b, d_teacher]; ids, labels [b] int64 where a term needs them.
+        Fills `.grad` of the objective's own parameters. Raises NonFiniteLoss, on all ranks, when the total is not a
+        finite number, and ValueError for a sample id outside the memory.
         """
+        self._staged = None
         raw = {name: _fp32(features).detach().requires_grad_() for name, features in student.items()}
         with torch.enable_grad(), torch.autocast(next(iter(raw.values())).device.type, enabled=False):
-            unit = {name: F.normalize(features, dim=1) for name, features in raw.items()}
-            teacher_unit = {name: F.normalize(_fp32(features), dim=1) for name, features in teacher.items()}
-            step = Step(unit, teacher_unit)
             self.zero_grad()
-            for start in range(0, step.num_rows, self.config.chunk_rows):
-                self._chunk(step, slice(start, min(start + self.config.chunk_rows, step.num_rows)), progress)
+            given = {name: _named({n: _fp32(f).detach() for n, f in rows.items()}) for name, rows in teachers.items()}
+            leaves = self._leaves(raw, given, progress)
+            step = self._step(leaves, given, ids, labels)
+            self._walk(step, progress)
             metrics, own = self._sum_over_ranks(step)
-            gradients = torch.autograd.grad(list(unit.values()), list(raw.values()), list(own.values()))
+            self._backward_to_raw(leaves, own)
         loss = metrics.pop("loss")
         if not torch.isfinite(loss):
             raise NonFiniteLoss(self._blame(step, metrics))
-        return Outcome(loss, metrics, dict(zip(raw, gradients, strict=True)))
+        self._staged = step.gather_noted()
+        gradients = {n: torch.zeros_like(rows) if rows.grad is None else rows.grad for n, rows in raw.items()}
+        return Outcome(loss, metrics, gradients)
 
-    def step(self, lr: float) -> None:
-        """One AdamW step of what is learned here, for the trainer to call exactly when the engine took its step."""
-        if self.optimizer is None:
+    def step(self, progress: Progress, *, lr: float, temperature_lr: float) -> None:
+        """AdamW on what is learned here, and commit to memory what the last forward noted.
+
+        For the trainer to call exactly when the engine took its step.
+        """
+        if self.optimizer is not None:
+            for group in self.optimizer.param_groups:
+                group["lr"] = self._group_lr(group["name"], progress, lr, temperature_lr)
+            self.optimizer.step()
+        if self._staged is None:
             return
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.step()
+        noted, self._staged = self._staged, None
+        ids = noted.get("ids")
+        for name, module in self.recall.items():
+            module.commit(ids, _under(f"{name}.", noted))
+        for name, memory in self.confidences.items():
+            memory.write(ids, _under(f"confidence/{name}.", noted))
 
     def state(self) -> dict[str, Tensor]:
-        """Everything learned here and its AdamW moments, by name; alike on every rank."""
-        state = {name: p.detach().clone() for name, p in self.named_parameters()}
+        """Everything learned and remembered here, and AdamW's moments, by name; alike on every rank."""
+        state = {name: tensor.detach().clone() for name, tensor in self.state_dict().items()}
         for name, parameter in self.named_parameters():
             memory = self.optimizer.state.get(parameter, {}) if self.optimizer else {}
             state |= {f"adamw.{key}.{name}": value.clone() for key, value in memory.items()}
@@ -127,76 +175,199 @@ class Objective(nn.Module):
     @torch.no_grad()
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Continue from what `state()` returned."""
+        self.load_state_dict({name: tensor for name, tensor in state.items() if not name.startswith("adamw.")})
         for name, parameter in self.named_parameters():
-            parameter.copy_(state[name])
             keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"adamw.{key}.{name}" in state]
             if keys:
                 self.optimizer.state[parameter] = {key: state[f"adamw.{key}.{name}"].clone() for key in keys}
 
+    # One step ---------------------------------------------------------------------------------------------------------
+
+    def _leaves(self, raw: dict[str, Tensor], teachers: dict, progress: Progress) -> dict[str, Tensor]:
+        """What the terms differentiate by: unit rows, raw rows, and what terms derive from them, with their graph."""
+        leaves = _named(raw)
+        for module in self.recall.values():
+            leaves |= module.derive(leaves, teachers, progress)
+        return leaves
+
+    def _step(self, leaves: dict, teachers: dict, ids: Tensor | None, labels: Tensor | None) -> Step:
+        """The step, with every rank's rows of what this config's terms compare."""
+        student: set[str] = {name for module in self.recall.values() for name in module.columns}
+        teacher: set[tuple[str, str]] = set()
+        for term in self.config.terms.values():
+            student |= student_columns(term, leaves)
+            names = teacher_columns(term)
+            if _uses_confidence(term):
+                names = names | set(CONTRASTED)
+            owners = self._ensemble(term) if isinstance(term, terms.MobileClip) else [self._teacher(term)]
+            teacher |= {(owner, name) for owner in owners for name in names}
+        gathered = {"columns": sorted(student), "teacher_columns": sorted(teacher)}
+        return Step(leaves, teachers, specs=self.teachers, ids=ids, labels=labels, **gathered)
+
+    def _walk(self, step: Step, progress: Progress) -> None:
+        """Forward and backward of every term, chunk by chunk; each graph is gone before the next one."""
+        for module in self.recall.values():
+            module.prepare(step, progress)
+        for teacher in {self._teacher(t) for t in self.config.terms.values() if _confidence(t) == "sigmoid"}:
+            step.measure_hardness(teacher, self.config.chunk_rows)
+        for rows in step.chunks(self.config.chunk_rows):
+            self._chunk(step, rows, progress)
+        for name, term in self.config.terms.items():
+            if isinstance(term, terms.WholeBatchTerm):
+                self._whole(name, term, step, progress)
+
     def _chunk(self, step: Step, rows: slice, progress: Progress) -> None:
-        """Forward and backward of one chunk of rows; its graph is gone when this returns."""
-        chunk = Chunk(step, rows, logit_scale(self.log_scale, self.max_log_scale), self.logit_bias, self.teacher_scale)
+        chunk = Chunk(step, rows, logit_scale(self.log_scale, self.max_log_scale), self.logit_bias)
         total = 0.0
         for name, term in self.config.terms.items():
-            losses = self._rows(name, term, chunk)  # [c]
-            if self._uses_confidence(term):
-                losses = losses * (chunk.confidence if term.confidence == "var" else 1 + chunk.confidence)
+            if isinstance(term, terms.WholeBatchTerm):
+                continue
+            losses = self._rows(name, term, chunk, progress)  # [c]
+            if _uses_confidence(term):
+                losses = losses * chunk.coefficient(term.teacher, term.confidence)
             step.add(f"loss/{name}", losses)
-            total = total + value_at(term.weight, progress) * losses.sum() / step.num_columns
+            total = total + self._weight(term, progress) * losses.sum() / step.num_columns
+        if isinstance(total, float):
+            return  # every term is of the whole batch
         step.add("loss", total * step.num_columns)
-        if any(map(self._uses_confidence, self.config.terms.values())):
-            step.add("confidence", chunk.confidence)
+        self._note_confidences(chunk)
         if total.requires_grad:
             total.backward()
         step.collect(chunk)
 
-    @staticmethod
-    def _uses_confidence(term) -> bool:
-        return isinstance(term, DistillationTerm) and bool(term.confidence)
+    def _whole(self, name: str, term: terms.WholeBatchTerm, step: Step, progress: Progress) -> None:
+        """A term that is computed alike on every rank: each contributes its share."""
+        share = step.num_rows / step.num_columns
+        loss = share * whole_loss(term, step, logit_scale(self.log_scale, self.max_log_scale))
+        total = self._weight(term, progress) * loss
+        step.add(f"loss/{name}", loss * step.num_columns)
+        step.add("loss", total * step.num_columns)
+        total.backward()
 
-    def _rows(self, name: str, term, chunk: Chunk) -> Tensor:
-        """One number per row, [c]: where a term meets its formula."""
-        match term:
-            case Clip():
-                return mean(*(contrastive.info_nce(z, chunk.offset) for z in chunk.student_logits))
-            case SigLip():
-                return contrastive.pairwise_sigmoid(chunk.student_logits[0] + chunk.bias, chunk.offset)
-            case FeatureMSE():
-                targets = chunk.teacher.image, chunk.teacher.text
-                image, text = map(distillation.squared_distance, chunk.projected, targets)
-                return (image + text) / targets[0].shape[1] if term.reduction == "mean" else mean(image, text)
-            case LogitKL():
-                scale = 1 / term.teacher_temperature if term.teacher_temperature else self.teacher_scale
-                targets = [scale * cosines for cosines in chunk.teacher_cosines]
-                return mean(*map(distillation.kl_divergence, targets, chunk.student_logits))
-            case InteractiveContrastive():
-                own = self.own_log_scale[name] if term.scale == "own" else None
-                logits = chunk.cross_logits(chunk.scale if own is None else logit_scale(own, self.max_log_scale))
-                return mean(*(contrastive.info_nce(z, chunk.offset) for z in logits))
-        raise AssertionError(f"no formula for {term!r}")
+    def _rows(self, name: str, term: terms.Term, chunk: Chunk, progress: Progress) -> Tensor:
+        own = self.own_log_scale[name] if name in self.own_log_scale else None
+        scale = chunk.scale if own is None else logit_scale(own, self.max_log_scale)
+        if name in self.recall:
+            return self.recall[name].rows(chunk, scale)
+        return row_losses(term, chunk, progress, scale=scale, classes=getattr(self, f"classes_{name}", None))
+
+    def _weight(self, term: terms.Term, progress: Progress) -> float:
+        """The term's weight times its teacher's; an ensemble uses its teachers' weights as shares."""
+        weight = value_at(term.weight, progress)
+        if not isinstance(term, terms.DistillationTerm) or isinstance(term, terms.MobileClip):
+            return weight
+        return weight * self.teachers[self._teacher(term)].weight
+
+    def _note_confidences(self, chunk: Chunk) -> None:
+        """For the metrics, and by sample id for whoever wants to look at them later."""
+        for teacher in {self._teacher(t) for t in self.config.terms.values() if _uses_confidence(t)}:
+            alpha = chunk.confidence(teacher)
+            chunk.step.add("confidence" if len(self.teachers) == 1 else f"confidence/{teacher}", alpha)
+            if teacher in self.confidences:
+                chunk.step.note(f"confidence/{teacher}.alpha", chunk.rows, alpha)
 
     def _sum_over_ranks(self, step: Step) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """(metrics, gradients of this rank's unit features), after one sum over ranks of what each has a part of.
+        """(metrics, gradients of this rank's leaves), after one sum over ranks of what each has a part of.
 
-        Every rank divided its losses by B, so the sums are gradients of the global mean, our own parameters' too.
+        Every rank divided its losses by B, so the sums are gradients of the global mean, our own scales' too.
         """
-        learned = [p for p in self.parameters() if p.requires_grad]
-        own = [torch.zeros_like(p) if p.grad is None else p.grad for p in learned]
-        sums = distributed.sum_over_ranks([*step.column_gradients(), *own, *step.sums.values()])
-        image, text, *rest = sums
-        for parameter, gradient in zip(learned, rest, strict=False):
+        scales = [p for p in self._scales() if p.requires_grad]
+        own = [torch.zeros_like(p) if p.grad is None else p.grad for p in scales]
+        columns = step.column_gradients()
+        sums = distributed.sum_over_ranks([*columns, *own, *step.sums.values()])
+        for parameter, gradient in zip(scales, sums[len(columns) :], strict=False):
             is_scale = parameter is not self.logit_bias
             parameter.grad = block_outward(gradient, parameter, self.max_log_scale) if is_scale else gradient
-        metrics = {name: total / step.num_columns for name, total in zip(step.sums, rest[len(learned) :], strict=True)}
-        return metrics, step.own_gradients(image, text)
+        totals = sums[len(columns) + len(own) :]
+        metrics = {name: total / step.num_columns for name, total in zip(step.sums, totals, strict=True)}
+        return metrics, step.own_gradients(sums[: len(columns)])
+
+    def _backward_to_raw(self, leaves: dict[str, Tensor], gradients: dict[str, Tensor]) -> None:
+        """From unit rows and derived ones to this rank's raw features, and to the networks that derived them."""
+        torch.autograd.backward([leaves[name] for name in gradients], list(gradients.values()))
+        networks = list(self.recall.parameters())
+        summed = distributed.sum_over_ranks([torch.zeros_like(p) if p.grad is None else p.grad for p in networks])
+        for parameter, gradient in zip(networks, summed, strict=True):
+            parameter.grad = gradient
 
     def _blame(self, step: Step, metrics: dict[str, Tensor]) -> str:
         """Which terms, and which ranks' features, are not finite; a collective, so every rank must come here."""
-        terms = [name for name, value in metrics.items() if name.startswith("loss/") and not torch.isfinite(value)]
+        names = [name for name, value in metrics.items() if name.startswith("loss/") and not torch.isfinite(value)]
         ranks = distributed.gather_objects(step.non_finite_inputs())
         inputs = [f"{name} on rank {rank}" for rank, names in enumerate(ranks) for name in names]
         cause = f"; not finite on arrival: {', '.join(inputs)}" if inputs else "; the features are finite"
-        return f"{', '.join(terms) or 'the total loss'} is not finite{cause}"
+        return f"{', '.join(names) or 'the total loss'} is not finite{cause}"
+
+    # Set-up -----------------------------------------------------------------------------------------------------------
+
+    def _teacher(self, term: terms.Term) -> str | None:
+        """The name of the term's teacher; None for a term of the student alone."""
+        if not isinstance(term, terms.DistillationTerm):
+            return None
+        return term.teacher or next(iter(self.teachers))
+
+    def _ensemble(self, term: terms.MobileClip) -> list[str]:
+        return term.teachers or list(self.teachers)
+
+    def _scales(self) -> list[nn.Parameter]:
+        bias = [] if self.logit_bias is None else [self.logit_bias]
+        return [self.log_scale, *bias, *self.own_log_scale.values()]
+
+    def _recall(self, name: str, term, widths: dict[str, int], num_ids: int | None, betas, eps) -> Recall | None:
+        """The module of a term that remembers or learns something of its own."""
+        teacher = self.teachers[self._teacher(term)].embed_dim if isinstance(term, terms.DistillationTerm) else None
+        match term:
+            case terms.GlobalContrastive():
+                own = {"num_ids": num_ids, "width": widths.get("image"), "betas": betas, "eps": eps}
+                return GlobalContrast(name, term, **own)
+            case terms.Compress() | terms.Seed():
+                return Queues(name, term, widths=widths, teacher_width=teacher)
+            case terms.Dino() | terms.ProtoCPC():
+                return Centers(name, term, width=teacher)
+            case terms.Prototype():
+                external = self.teachers[term.teacher].embed_dim if term.teacher else None
+                return Clusters(name, term, num_ids=num_ids, widths=widths, target_width=external)
+            case terms.AugmentedFeature():
+                return Fusion(name, term, widths=widths, teacher_width=teacher)
+        return None
+
+    def _build_optimizer(self, betas: tuple[float, float], eps: float) -> torch.optim.AdamW | None:
+        """A group of scales, one of fusion layers, one of each TempNet, whose Adam is torch's default one."""
+        groups = [{"name": "temperature", "params": [p for p in self._scales() if p.requires_grad]}]
+        for name, module in self.recall.items():
+            options = {"betas": (0.9, 0.999), "eps": 1e-8} if isinstance(module, GlobalContrast) else {}
+            groups.append({"name": name, "params": list(module.parameters()), **options})
+        groups = [group for group in groups if group["params"]]
+        return torch.optim.AdamW(groups, betas=betas, eps=eps, weight_decay=0.0) if groups else None
+
+    def _group_lr(self, name: str, progress: Progress, lr: float, temperature_lr: float) -> float:
+        """Scales have their own learning rate, a TempNet that of its term, fusion layers that of the towers."""
+        if name == "temperature":
+            return temperature_lr
+        term = self.config.terms[name]
+        return value_at(term.network.lr, progress) if isinstance(term, terms.GlobalContrastive) else lr
+
+
+def _has_own_scale(term: terms.Term) -> bool:
+    return isinstance(term, terms.Prototype) or getattr(term, "scale", None) == "own"
+
+
+def _confidence(term: terms.Term) -> bool | str:
+    return isinstance(term, terms.DistillationTerm) and term.confidence
+
+
+def _uses_confidence(term: terms.Term) -> bool:
+    return bool(_confidence(term))
+
+
+def _under(start: str, noted: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key.removeprefix(start): rows for key, rows in noted.items() if key.startswith(start)}
+
+
+def _named(features: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Unit rows by name, and the rows as they came under `raw.`; class logits have no unit rows."""
+    units = unit({name: rows for name, rows in features.items() if name != "class_logits"})
+    return units | {f"raw.{name}": rows for name, rows in features.items()}
 
 
 def _fp32(features: Tensor) -> Tensor:

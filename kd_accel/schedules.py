@@ -98,11 +98,45 @@ class StepBelow(Schema):
         return self.value * (self.ratio if progress.temperature <= self.threshold else 1.0)
 
 
+class StepEvery(Schema):
+    """`value`, times `ratio` after every so many epochs (torch's StepLR; TempNet's network has 0.9 per epoch)."""
+
+    kind: Literal["step_every"] = "step_every"
+    value: float
+    """Value at the beginning."""
+    ratio: float = Field(gt=0)
+    """Factor of one step."""
+    epochs: int = Field(gt=0)
+    """Epochs between two steps."""
+
+    def at(self, progress: Progress) -> float:
+        return self.value * self.ratio ** (int(progress.epoch) // self.epochs)
+
+
+class Piecewise(Schema):
+    """One value after another: values[0] before epochs[0], values[1] from then until before epochs[1], and so on."""
+
+    kind: Literal["piecewise"] = "piecewise"
+    values: list[float] = Field(min_length=2)
+    """The values."""
+    epochs: list[float] = Field(min_length=1)
+    """Epochs at which the next value begins, one fewer than values, rising."""
+
+    @model_validator(mode="after")
+    def _boundaries(self):
+        if len(self.epochs) != len(self.values) - 1 or sorted(set(self.epochs)) != self.epochs:
+            raise ValueError(f"{len(self.values)} values need {len(self.values) - 1} rising epochs, not {self.epochs}")
+        return self
+
+    def at(self, progress: Progress) -> float:
+        return self.values[sum(progress.epoch >= begin for begin in self.epochs)]
+
+
 def _form(value) -> str:
     return "(schedule)" if isinstance(value, dict | Schema) else "(number)"
 
 
-Schedule = Annotated[Constant | Linear | Cosine | StepBelow, Field(discriminator="kind")]
+Schedule = Annotated[Constant | Linear | Cosine | StepBelow | StepEvery | Piecewise, Field(discriminator="kind")]
 # How a config types a number that may move. The tags keep pydantic from reporting the form that was not meant.
 Scheduled = Annotated[Annotated[float, Tag("(number)")] | Annotated[Schedule, Tag("(schedule)")], Discriminator(_form)]
 
@@ -110,6 +144,27 @@ Scheduled = Annotated[Annotated[float, Tag("(number)")] | Annotated[Schedule, Ta
 def value_at(scheduled: float | Schedule, progress: Progress) -> float:
     """The number that `scheduled` stands for at `progress`."""
     return scheduled.at(progress) if isinstance(scheduled, Schema) else scheduled
+
+
+def bounds(scheduled: float | Schedule) -> tuple[float, float]:
+    """(lowest, highest) value that `scheduled` ever takes; step_every tends to zero or grows without end."""
+    match scheduled:
+        case Constant():
+            values = [scheduled.value]
+        case Linear() | Cosine():
+            values = [scheduled.start, scheduled.end]
+        case StepBelow():
+            values = [scheduled.value, scheduled.value * scheduled.ratio]
+        case StepEvery():
+            values = [
+                scheduled.value,
+                0.0 if scheduled.ratio < 1 else math.inf if scheduled.ratio > 1 else scheduled.value,
+            ]
+        case Piecewise():
+            values = scheduled.values
+        case number:
+            values = [number]
+    return min(values), max(values)
 
 
 def warmup_cosine(step: int, *, lr: float, min_lr: float, warmup_steps: int, total_steps: int) -> float:
@@ -121,3 +176,18 @@ def warmup_cosine(step: int, *, lr: float, min_lr: float, warmup_steps: int, tot
         return lr * (step + 1) / warmup_steps
     done = (step - warmup_steps) / max(1, total_steps - warmup_steps)
     return min_lr + (lr - min_lr) * (1 + math.cos(math.pi * min(1.0, done))) / 2
+
+
+def warmup_constant(
+    step: int, *, lr: float, min_lr: float, warmup_steps: int, total_steps: int, cooldown_steps: int, power: float
+) -> float:
+    """Learning rate of the step after `step` steps: linear warm-up to `lr`, then `lr`, and at the end a cooldown.
+
+    As in open_clip: the cooldown's steps go to `min_lr` as (1 - done) ** power; 0 of them is a constant rate.
+    """
+    if step < warmup_steps:
+        return lr * (step + 1) / warmup_steps
+    start = total_steps - cooldown_steps
+    if step < start or not cooldown_steps:
+        return lr
+    return min_lr + (lr - min_lr) * (1 - (step - start) / cooldown_steps) ** power

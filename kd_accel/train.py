@@ -11,21 +11,24 @@ import os
 from pathlib import Path
 
 from accelerate.utils import set_seed
+from torch import Tensor
 
 from kd_accel import checkpoint, distributed
 from kd_accel.checkpoint import TrainState
-from kd_accel.config import TrainConfig
+from kd_accel.config import TrainConfig, teachers_of
 from kd_accel.data.loader import TrainLoader
 from kd_accel.engine import Engine
+from kd_accel.fit import check_class_width, check_fit
 from kd_accel.launch import end_accelerator, start_accelerator
 from kd_accel.metrics import MetricsLog, Throughput, write_environment
+from kd_accel.models.class_embeddings import class_embeddings
 from kd_accel.models.student import Student
 from kd_accel.models.teacher import Teacher
 from kd_accel.objective import NonFiniteLoss, Objective
 from kd_accel.optim import build_optimizer, learning_rates
 from kd_accel.schedules import Progress
 from kd_accel.schema import ConfigError, dump
-from kd_accel.terms import FeatureMSE, InteractiveContrastive
+from kd_accel.terms import LabelCE, MaskedFeatureMSE
 
 log = logging.getLogger("kd_accel")
 
@@ -49,7 +52,7 @@ class Trainer:
 
     config, folder              what was asked for, where it is written
     accelerator                 the launch: processes, device, precision
-    student, teacher            the models
+    student, teachers           the models
     loader                      batches of this rank
     engine, objective           what turns features into a step
     state, total_steps          where the run stands, where it ends
@@ -64,14 +67,13 @@ class Trainer:
             precision=config.precision, grad_clip_norm=config.optim.grad_clip_norm, batch_size=_batch_size(config)
         )
         set_seed(config.seed)  # weights start alike on every rank
-        self.teacher = None if config.teacher is None else Teacher(config.teacher)
-        self.student = Student(config.student, None if self.teacher is None else self.teacher.embed_dim)
-        self._check_widths()
+        self.teachers = {name: Teacher(section, name=name) for name, section in teachers_of(config).items()}
+        self.student = self._build_student()
         self.loader = self._build_loader()
         set_seed(config.seed + 1 + distributed.rank())  # dropout differs
         self.objective = self._build_objective().to(self.accelerator.device)
         optimizer = build_optimizer(self.student, config.optim)
-        self.engine = Engine(self.accelerator, self.student, self.teacher, optimizer=optimizer, config=config)
+        self.engine = Engine(self.accelerator, self.student, self.teachers, optimizer=optimizer, config=config)
         self.total_steps = config.optim.steps or config.optim.epochs * self.loader.steps_per_epoch
         self.state = TrainState(global_batch=self.loader.global_batch)
         self._open_folder(resume_from)
@@ -97,15 +99,15 @@ class Trainer:
         """One optimizer step; returns the row of metrics, tensors still on the device."""
         progress = self._progress()
         lr, temperature_lr = learning_rates(self.config.optim, progress, total_steps=self.total_steps)
-        student, teacher = self.engine.forward(batch)
+        student, teachers = self.engine.forward(batch)
         try:
-            outcome = self.objective(student, teacher, progress)
+            outcome = self.objective(student, teachers, progress, ids=batch.ids, labels=batch.labels)
         except NonFiniteLoss as error:
             raise NonFiniteLoss(f"step {progress.step + 1}: {error} (sample ids {batch.ids.tolist()})") from None
         self.engine.backward(student, outcome.gradients)
         applied, grad_norm = self.engine.step(lr)
         if applied:
-            self.objective.step(temperature_lr)
+            self.objective.step(progress, lr=lr, temperature_lr=temperature_lr)
         self._advance(applied)
         return {
             "loss": outcome.loss,
@@ -170,37 +172,53 @@ class Trainer:
 
     # Set-up -----------------------------------------------------------------------------------------------------------
 
-    def _check_widths(self) -> None:
-        """Terms that compare features need one width on both sides."""
-        if self.teacher is None or self.config.student.projector or self.teacher.embed_dim == self.student.embed_dim:
-            return
-        for name, term in self.config.objective.terms.items():
-            if isinstance(term, FeatureMSE | InteractiveContrastive):
-                raise ConfigError(
-                    f"objective.terms.{name} compares features of the student ({self.student.embed_dim} wide) and of"
-                    f" the teacher ({self.teacher.embed_dim} wide): set student.projector=linear, or that term to null"
-                )
+    def _build_student(self) -> Student:
+        """With the masked view that a term asks for."""
+        ratios = {t.mask_ratio for t in self.config.objective.terms.values() if isinstance(t, MaskedFeatureMSE)}
+        if len(ratios) > 1:
+            raise ConfigError(f"objective.terms: masked_feature_mse with mask_ratio {sorted(ratios)}: one view is made")
+        dims = {name: teacher.embed_dim for name, teacher in self.teachers.items()}
+        return Student(self.config.student, dims, mask_ratio=next(iter(ratios), None))
 
     def _build_loader(self) -> TrainLoader:
-        contracts = {"student": self.student.contract}
-        if self.teacher is not None:
-            contracts["teacher"] = self.teacher.contract
+        models = {"student": self.student, **self.teachers}
         return TrainLoader(
             self.config.data,
-            contracts=contracts,
+            contracts={name: model.contract for name, model in models.items()},
             seed=self.config.seed,
             rank=distributed.rank(),
             world_size=distributed.world_size(),
         )
 
     def _build_objective(self) -> Objective:
-        teacher_scale = 1.0 if self.teacher is None else self.teacher.logit_scale
-        return Objective(
-            self.config.objective,
-            log_scale=self.student.scale.log_scale,
-            teacher_scale=teacher_scale,
-            betas=self.config.optim.betas,
+        config = self.config.objective
+        specs = {name: teacher.spec for name, teacher in self.teachers.items()}
+        num_samples, global_batch = self.loader.num_samples, self.loader.global_batch
+        check_fit(
+            config, widths=self.student.widths, teachers=specs, num_samples=num_samples, global_batch=global_batch
         )
+        return Objective(
+            config,
+            log_scale=self.student.scale.log_scale,
+            teachers=specs,
+            widths=self.student.widths,
+            num_ids=num_samples,
+            class_embeddings=self._class_embeddings(),
+            betas=self.config.optim.betas,
+            eps=self.config.optim.eps,
+        )
+
+    def _class_embeddings(self) -> dict[str, Tensor]:
+        """[C, d] by the term that uses them. Raises ConfigError when they are not of the student's width."""
+        found = {}
+        for name, term in self.config.objective.terms.items():
+            if not isinstance(term, LabelCE) or term.classes is None:
+                continue
+            key = f"objective.terms.{name}.classes"
+            teacher = self.teachers.get(term.teacher or next(iter(self.teachers), None))
+            found[name] = class_embeddings(term.classes, templates=term.templates, teacher=teacher, key=key)
+            check_class_width(key, found[name], self.student.widths)
+        return found
 
     def _open_folder(self, resume_from: Path | None) -> None:
         """Load the checkpoint, if any, and make the run's files."""

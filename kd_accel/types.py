@@ -33,12 +33,14 @@ class Batch:
 
     ids: Tensor  # [b] int64, the sample's row in the dataset, 0 <= id < N
     image: Tensor  # [b, 3, H, W] uint8, one decoded view; every model resizes and normalises it on the device
-    text: dict[str, Tensor]  # model name ("student", "teacher") -> [b, T] int64 tokens
+    text: dict[str, Tensor]  # model name ("student", a teacher's) -> [b, T] int64 tokens
+    labels: Tensor | None = None  # [b] int64, class numbers, where the data has some
 
     def to(self, device) -> Batch:
         """The same batch on `device`; host-to-device copies are asynchronous where the memory is pinned."""
         text = {name: tokens.to(device, non_blocking=True) for name, tokens in self.text.items()}
-        return Batch(self.ids.to(device, non_blocking=True), self.image.to(device, non_blocking=True), text)
+        labels = None if self.labels is None else self.labels.to(device, non_blocking=True)
+        return Batch(self.ids.to(device, non_blocking=True), self.image.to(device, non_blocking=True), text, labels)
 
 
 @dataclass(frozen=True)
@@ -49,3 +51,12 @@ class Features:
     text: Tensor  # [b, d]
     all_image: Tensor  # [B, d], every rank's rows in rank order
     all_text: Tensor  # [B, d]
+
+
+@dataclass(frozen=True)
+class TeacherSpec:
+    """What the objective has to know of a teacher."""
+
+    embed_dim: int  # d of its features
+    logit_scale: float  # 1 / temperature of its logits
+    weight: float = 1.0  # factor of its terms, and its share in an ensemble

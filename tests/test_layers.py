@@ -17,9 +17,9 @@ PACKAGE = Path(__file__).resolve().parent.parent / "kd_accel"
 LAYERS = (
     ("__init__ types schema schedules terms config help",),
     ("distributed", "losses"),
-    ("models", "data"),
-    ("objective chunks temperature",),
-    ("launch engine optim metrics checkpoint evals",),
+    ("memory", "models", "data"),
+    ("objective chunks temperature bindings recall global_contrast fit",),
+    ("launch engine optim metrics checkpoint episodes evals",),
     ("train", "evals.suite", "report"),
     ("demo",),  # runs the other verbs
     ("cli __main__",),

@@ -16,6 +16,7 @@ from kd_accel.config import ObjectiveConfig
 from kd_accel.objective import NonFiniteLoss, Objective
 from kd_accel.schedules import Progress
 from kd_accel.schema import validate
+from kd_accel.types import TeacherSpec
 
 B, D, D_TEACHER, TEACHER_SCALE, BIAS = 7, 6, 5, 30.0, -4.0
 TERMS = {  # every kind, every option, no two weights alike
@@ -32,7 +33,7 @@ TERMS = {  # every kind, every option, no two weights alike
 
 def _objective(terms: dict = TERMS, *, dtype: torch.dtype = torch.float64, **values) -> Objective:
     config = validate(ObjectiveConfig, {"terms": terms, "logit_bias": BIAS, **values})
-    return Objective(config, teacher_scale=TEACHER_SCALE).to(dtype)
+    return Objective(config, teachers={"teacher": TeacherSpec(D_TEACHER, TEACHER_SCALE)}).to(dtype)
 
 
 def _student(b: int = B, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
@@ -41,8 +42,9 @@ def _student(b: int = B, dtype: torch.dtype = torch.float64) -> dict[str, Tensor
     return {name: torch.randn(b, width, dtype=dtype) for name, width in widths.items()}
 
 
-def _teacher(b: int = B, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
-    return {name: torch.randn(b, D_TEACHER, dtype=dtype) for name in ("image", "text")}
+def _teacher(b: int = B, dtype: torch.dtype = torch.float64) -> dict[str, dict[str, Tensor]]:
+    """Raw features of the one teacher, by its name."""
+    return {"teacher": {name: torch.randn(b, D_TEACHER, dtype=dtype) for name in ("image", "text")}}
 
 
 def _results(objective: Objective, student: dict, teacher: dict) -> dict[str, Tensor]:
@@ -55,7 +57,7 @@ def _results(objective: Objective, student: dict, teacher: dict) -> dict[str, Te
 def _reference(student: dict, teacher: dict, log_scale: Tensor, own: Tensor, bias: Tensor) -> Tensor:
     """The same total as TERMS in one plain graph, written with torch's own losses."""
     image, text, p_image, p_text = (F.normalize(f, dim=1) for f in student.values())
-    t_image, t_text = (F.normalize(f, dim=1) for f in teacher.values())
+    t_image, t_text = (F.normalize(f, dim=1) for f in teacher["teacher"].values())
     labels, scale = torch.arange(len(image)), log_scale.exp()
     logits, targets = scale * image @ text.T, t_image @ t_text.T
 
@@ -161,7 +163,7 @@ def test_a_student_that_equals_its_teacher_has_nothing_to_learn():
     objective = _objective(terms, temperature={"init": 1 / TEACHER_SCALE})
     with torch.no_grad():
         objective.log_scale.fill_(math.log(TEACHER_SCALE))  # exactly: 1 / scale was rounded to fp32
-    outcome = objective(teacher, teacher, Progress())
+    outcome = objective(teacher["teacher"], teacher, Progress())
     for value in (outcome.loss, *outcome.gradients.values(), objective.log_scale.grad):
         torch.testing.assert_close(value, torch.zeros_like(value))
 
@@ -204,11 +206,15 @@ def test_each_call_starts_from_zero_gradients():
     torch.testing.assert_close(_results(objective, student, teacher), first)
 
 
+def _float(features: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: rows.float() for name, rows in features.items()}
+
+
 def test_low_precision_features_are_computed_in_fp32():
     """bf16 features give what the same numbers in fp32 give, to the bit."""
     objective = _objective(dtype=torch.float32)
     low = _student(dtype=torch.bfloat16), _teacher(dtype=torch.bfloat16)
-    full = [{name: f.float() for name, f in features.items()} for features in low]
+    full = _float(low[0]), {name: _float(features) for name, features in low[1].items()}
     actual, expected = _results(objective, *low), _results(objective, *full)
     assert {value.dtype for value in actual.values()} == {torch.float32}
     torch.testing.assert_close(actual, expected, rtol=0, atol=0)

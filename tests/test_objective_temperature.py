@@ -68,7 +68,7 @@ def test_temperature_does_not_wind_up():
     for features, steps in ((_alike(), 200), (_swapped(), 21)):
         for _ in range(steps):
             objective(features, {}, Progress())
-            objective.step(lr=0.05)
+            objective.step(Progress(), lr=0.0, temperature_lr=0.05)
             assert objective.temperature >= MIN
     assert objective.temperature > MIN
 
@@ -78,7 +78,7 @@ def test_step_is_adamws():
     objective = _clip(init=0.07)
     before = objective.log_scale.item()
     objective(_alike(), {}, Progress())
-    objective.step(lr=0.125)
+    objective.step(Progress(), lr=0.0, temperature_lr=0.125)
     assert objective.log_scale.item() == pytest.approx(before + 0.125, rel=1e-5)
 
 
@@ -86,7 +86,7 @@ def test_fixed_temperature_has_no_gradient_and_no_optimizer():
     """learnable=false keeps it at init."""
     objective = _clip(init=0.07, learnable=False)
     objective(_alike(), {}, Progress())
-    objective.step(lr=1.0)
+    objective.step(Progress(), lr=0.0, temperature_lr=1.0)
     assert objective.optimizer is None
     assert objective.log_scale.grad is None
     assert objective.temperature == pytest.approx(0.07)

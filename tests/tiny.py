@@ -40,6 +40,7 @@ def write_shards(folder: Path, *, shards: int = 2, per_shard: int = 20) -> Path:
                 name, color = list(COLORS.items())[i % len(COLORS)]
                 add(tar, f"{shard:02d}{i:04d}.jpg", picture(color, rng))
                 add(tar, f"{shard:02d}{i:04d}.txt", f"a {name} square, number {shard * per_shard + i}".encode())
+                add(tar, f"{shard:02d}{i:04d}.cls", str(i % len(COLORS)).encode())
     build_index(expand_shards(str(folder)))
     return folder
 

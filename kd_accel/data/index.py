@@ -39,8 +39,8 @@ class ShardIndex:
     """Every sample's place. Arrays only: reference counts of Python lists un-share the pages of forked workers."""
 
     starts: np.ndarray  # [shards + 1] int64, id of each shard's first sample, then N
-    offsets: np.ndarray  # [N, 2] int64, bytes from the start of the tar to image and caption; -1 where absent
-    sizes: np.ndarray  # [N, 2] int64, bytes of image and caption
+    offsets: np.ndarray  # [N, m] int64, bytes from the start of the tar to image, caption (, label); -1 where absent
+    sizes: np.ndarray  # [N, m] int64, bytes of image, caption (, label)
     keys: np.ndarray  # [N] bytes, UTF-8
 
     @property
@@ -99,18 +99,21 @@ def build_index(paths: list[Path], *, progress: bool = False) -> tuple[int, int]
     return len(stale), sum(len(_read_sidecar(path, "sizes")[0]) for path in paths)
 
 
-def load_index(paths: list[Path], *, caption: str) -> ShardIndex:
-    """The samples of `paths`, whose captions are the members with the extension `caption`.
+def load_index(paths: list[Path], *, caption: str, label: str | None = None) -> ShardIndex:
+    """The samples of `paths`, whose captions, and labels if wanted, are the members with the given extensions.
 
     Raises ConfigError when a tar has no index or another size than when it was indexed, when there is no sample at all,
-    and when no sample has an image or a caption.
+    and when no sample has an image, a caption or a wanted label.
     """
-    shards = [_load_shard(path, caption) for path in paths]
+    members = {"data.shards": IMAGE_EXTENSIONS, "data.caption": (caption,)}
+    if label is not None:
+        members["data.label"] = (label,)
+    shards = [_load_shard(path, list(members.values())) for path in paths]
     extensions = sorted({extension for *_, names in shards for extension in names})
     offsets, sizes, keys = (np.concatenate([shard[part] for shard in shards]) for part in range(3))
     if not len(keys):
         raise ConfigError(f"data.shards: no sample in {len(paths)} shards, the first is {paths[0]}")
-    for column, (key, wanted) in enumerate([("data.shards", IMAGE_EXTENSIONS), ("data.caption", (caption,))]):
+    for column, (key, wanted) in enumerate(members.items()):
         if (offsets[:, column] < 0).all():
             found = ", ".join(extensions[:10])
             raise ConfigError(f"{key}: no sample has a member .{' or .'.join(wanted)}; the shards have {found}")
@@ -240,8 +243,8 @@ def _write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _load_shard(path: Path, caption: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[str]]:
-    """(offsets [n, 2], sizes [n, 2], keys [n], extensions) of one tar, image first, then caption."""
+def _load_shard(path: Path, members: list[tuple[str, ...]]) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[str]]:
+    """(offsets [n, m], sizes [n, m], keys [n], extensions) of one tar; of each member's extensions the first counts."""
     if not _sidecar(path).exists():
         raise ConfigError(f"{path}: has no index: run kd-accel index {path.parent}")
     keys, names, offsets, sizes, indexed = _read_sidecar(path, "keys", "extensions", "offsets", "sizes", "tar_bytes")
@@ -251,8 +254,9 @@ def _load_shard(path: Path, caption: str) -> tuple[np.ndarray, np.ndarray, np.nd
             f"fetch it again, or run kd-accel index {path.parent}"
         )
     extensions = names.tolist()
-    chosen = np.full((len(keys), 2), -1), np.zeros((len(keys), 2), dtype=np.int64)
-    for column, wanted in enumerate([IMAGE_EXTENSIONS, (caption,)]):
+    shape = len(keys), len(members)
+    chosen = np.full(shape, -1), np.zeros(shape, dtype=np.int64)
+    for column, wanted in enumerate(members):
         for extension in [name for name in reversed(wanted) if name in extensions]:
             place = extensions.index(extension)
             present = offsets[:, place] >= 0

@@ -44,7 +44,7 @@ class TrainLoader:
         self, config: DataConfig, *, contracts: dict[str, InputContract], seed: int, rank: int, world_size: int
     ):
         paths = expand_shards(config.shards)
-        index = load_index(paths, caption=config.caption)
+        index = load_index(paths, caption=config.caption, label=config.label)
         self.batch_size = _rows_per_rank(config, world_size)
         self.global_batch = self.batch_size * world_size
         self.num_samples = index.num_samples
@@ -72,10 +72,10 @@ class TrainLoader:
         for item in loader:
             if isinstance(item, ConfigError):
                 raise item
-            ids, image, tokens, bad = item
+            ids, image, tokens, labels, bad = item
             self.bad_samples += bad
             self._count_batch()
-            yield Batch(ids, image, {name: tokens[kind] for name, kind in self._tokens_of.items()})
+            yield Batch(ids, image, {name: tokens[kind] for name, kind in self._tokens_of.items()}, labels)
 
     def take_bad(self) -> list[dict[str, Any]]:
         """{id, key, shard, reason, replaced_by, epoch} of each sample replaced in the batches since the last call."""
@@ -128,7 +128,7 @@ class TrainLoader:
 
 
 class _Rows(Dataset):
-    """(epoch, ids [b]) -> (used ids [b], views [b, 3, H, W] uint8, tokens, bad records); lives in the workers."""
+    """(epoch, ids [b]) -> (used ids [b], views [b, 3, H, W] uint8, tokens, labels, bad records); lives in the workers."""
 
     def __init__(self, reader: ShardReader, config: DataConfig, contracts: dict[str, InputContract], seed: int):
         self._reader, self._augment, self._seed = reader, config.augment, seed
@@ -136,7 +136,7 @@ class _Rows(Dataset):
         self._size = max(heights), max(widths)
         self._tokenizers = {_token_kind(contract): contract.tokenize for contract in contracts.values()}
 
-    def __getitem__(self, item: tuple[int, np.ndarray]) -> tuple[Tensor, Tensor, dict, list[dict]] | ConfigError:
+    def __getitem__(self, item: tuple[int, np.ndarray]) -> tuple | ConfigError:
         epoch, ids = item
         try:
             samples, views, bad = zip(*(self._usable(int(i), epoch) for i in ids), strict=True)
@@ -145,7 +145,8 @@ class _Rows(Dataset):
         captions = [sample.caption for sample in samples]
         tokens = {kind: tokenize(captions) for kind, tokenize in self._tokenizers.items()}
         used = torch.tensor([sample.id for sample in samples])
-        return used, torch.stack(views), tokens, [record for record in bad if record is not None]
+        labels = None if samples[0].label is None else torch.tensor([sample.label for sample in samples])
+        return used, torch.stack(views), tokens, labels, [record for record in bad if record is not None]
 
     def _usable(self, sample_id: int, epoch: int) -> tuple[Sample, Tensor, dict | None]:
         """The sample, or the next usable one and the record of the replacement: the same on every rank and worker."""

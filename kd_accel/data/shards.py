@@ -1,4 +1,4 @@
-"""Reads one sample of an indexed tar by its id. Tars are untrusted: only the image and the caption are ever read."""
+"""Reads one sample of an indexed tar by its id. Tars are untrusted: only the image, the caption and, if wanted, the label are ever read."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ class Sample:
     key: str
     image: bytes  # encoded
     caption: str  # stripped, never empty
+    label: int | None  # class number, where the index knows labels
 
 
 class ShardReader:
@@ -44,7 +45,7 @@ class ShardReader:
         return {**self.__dict__, "_files": {}}  # descriptors mean nothing in another process
 
     def read(self, sample_id: int) -> Sample:
-        """The sample; raises BadSample for a member that is absent or cut, and a caption that is empty or not UTF-8."""
+        """The sample; raises BadSample for a member that is absent, cut, or not what it should be."""
         image, caption = self._member(sample_id, 0, "image"), self._member(sample_id, 1, "caption")
         try:
             text = caption.decode("utf-8").strip()
@@ -52,7 +53,14 @@ class ShardReader:
             raise BadSample("caption is not UTF-8") from None
         if not text:
             raise BadSample("caption is empty")
-        return Sample(sample_id, self.key(sample_id), image, text)
+        label = self._label(sample_id) if self.index.offsets.shape[1] > 2 else None
+        return Sample(sample_id, self.key(sample_id), image, text, label)
+
+    def _label(self, sample_id: int) -> int:
+        text = self._member(sample_id, 2, "label").decode("ascii", "replace").strip()
+        if not text.isdecimal():
+            raise BadSample(f"label is not a whole number: {text[:20]!r}")
+        return int(text)
 
     def key(self, sample_id: int) -> str:
         """The sample's name in its tar."""

@@ -9,9 +9,9 @@ from torch import Tensor
 
 
 def similarity_logits(
-    rows: Float[Tensor, "b d"], columns: Float[Tensor, "B d"], scale: Float[Tensor, ""] | float
+    rows: Float[Tensor, "b d"], columns: Float[Tensor, "B d"], scale: Float[Tensor, ""] | Float[Tensor, "b 1"] | float
 ) -> Float[Tensor, "b B"]:
-    """scale * <row_i, column_j>; unit rows and columns make it scale * cosine."""
+    """scale * <row_i, column_j>; unit rows and columns make it scale * cosine. A scale may be one number per row."""
     return scale * rows @ columns.T
 
 

@@ -1,4 +1,4 @@
-"""Student and frozen teacher in one module, which is what the engine prepares."""
+"""Student and frozen teachers in one module, which is what the engine prepares."""
 
 from __future__ import annotations
 
@@ -11,22 +11,17 @@ from kd_accel.models.teacher import Teacher
 class Pair(nn.Module):
     """One module, because an engine prepares one.
 
-    So ZeRO-3 partitions the frozen teacher as well (half its bytes on two ranks; a second engine for it cannot be
-    checkpointed), and one forward call reaches both: under ZeRO-3 parameters are whole only inside that call. The
-    teacher stays in eval mode by its own train().
+    So ZeRO-3 partitions frozen teachers as well (half their bytes on two ranks; a second engine for one cannot be
+    checkpointed), and one forward call reaches all: under ZeRO-3 parameters are whole only inside that call. Teachers
+    stay in eval mode by their own train().
     """
 
-    def __init__(self, student: Student, teacher: Teacher | None):
+    def __init__(self, student: Student, teachers: dict[str, Teacher]):
         super().__init__()
         self.student = student
-        self.teacher = teacher
+        self.teachers = nn.ModuleDict(teachers)
 
-    def forward(self, image: Tensor, text: Tensor, teacher_text: Tensor | None) -> dict[str, dict[str, Tensor]]:
-        """uint8 `image[b,3,H,W]`, each model's tokens `[b,T]` -> {"student": ..., "teacher": ...}, raw embeddings each.
-
-        Without a teacher there is no key "teacher", and `teacher_text` is not looked at.
-        """
-        features = {"student": self.student(image, text)}
-        if self.teacher is not None:
-            features["teacher"] = self.teacher(image, teacher_text)
-        return features
+    def forward(self, image: Tensor, text: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+        """uint8 `image[b,3,H,W]`, tokens `[b,T]` by model -> raw embeddings by model: "student" and each teacher."""
+        features = {"student": self.student(image, text["student"])}
+        return features | {name: teacher(image, text[name]) for name, teacher in self.teachers.items()}

@@ -1,4 +1,4 @@
-"""The model that learns: an open_clip model and, where terms compare features, a projector to the teacher's width."""
+"""The model that learns: an open_clip model, and the heads that losses want on top of it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from open_clip.modified_resnet import ModifiedResNet
 from torch import Tensor, nn
 
 from kd_accel.config import StudentConfig
+from kd_accel.models import heads
+from kd_accel.models.patch_mask import PatchMask
 from kd_accel.models.towers import build_open_clip, encode_image
 from kd_accel.schema import ConfigError
 
@@ -13,35 +15,65 @@ from kd_accel.schema import ConfigError
 class Student(nn.Module):
     """Everything with gradients that the engine holds. Temperature and bias belong to the objective, in fp32.
 
-    clip        the open_clip model; state keys "clip.*"
-    projector   None, or one linear layer per tower: {image, text}; state keys "projector.*"
-    contract    what it wants as input
-    model_cfg   open_clip's description of it, for the release
-    embed_dim   d
-    scale       what it starts with: of its weights, or of its architecture
+    clip            the open_clip model; state keys "clip.*"
+    projector       None, or a head per tower into the teacher's space
+    prototype_head  None, or a head per tower whose output is clustered
+    class_head      None, or a linear layer on the image embedding
+    mask            None, or what gives the image tower its masked view
+    contract        what it wants as input
+    model_cfg       open_clip's description of it, for the release
+    embed_dim       d
+    widths          of its features, by name
+    scale           what it starts with: of its weights, or of its architecture
     """
 
-    def __init__(self, config: StudentConfig, teacher_dim: int | None):
-        """Fresh weights come from torch's global generator; those of the projector last. Raises ConfigError."""
+    def __init__(self, config: StudentConfig, teacher_dims: dict[str, int], *, mask_ratio: float | None = None):
+        """Fresh weights come from torch's global generator; those of the heads last. Raises ConfigError.
+
+        `teacher_dims` are the teachers' widths by name, `mask_ratio` the share of patches a masked view goes without.
+        """
         super().__init__()
         self.clip, self.contract, self.model_cfg, self.scale = build_open_clip(
             config.arch, pretrained=config.pretrained, preprocess=config.preprocess, name="student"
         )
         self.embed_dim: int = self.model_cfg["embed_dim"]
-        self.projector = None if config.projector is None else _linear_projector(self.embed_dim, teacher_dim)
+        self.widths = dict.fromkeys(heads.TOWERS, self.embed_dim)
+        self.mask = None if mask_ratio is None else PatchMask.install(self.clip.visual, mask_ratio)
+        self.projector = self.prototype_head = self.class_head = None
+        if config.projector is not None:
+            self.projector = heads.projector(config.projector, self.embed_dim, _common_width(teacher_dims))
+        if config.prototype_head is not None:
+            self.prototype_head = heads.prototype_head(config.prototype_head, self.embed_dim)
+            self.widths |= {f"prototype_{tower}": config.prototype_head.width for tower in heads.TOWERS}
+        if config.num_classes is not None:
+            self.class_head = nn.Linear(self.embed_dim, config.num_classes)
+            self.widths["class_logits"] = config.num_classes
+        views = ["image", "text"] + (["masked_image"] if self.mask else [])
+        self.widths |= dict.fromkeys(views, self.embed_dim)
+        if self.projector is not None:
+            self.widths |= {f"projected_{view}": _common_width(teacher_dims) for view in views}
         if config.grad_checkpointing:
             self._checkpoint_gradients()
 
     def forward(self, image: Tensor, text: Tensor) -> dict[str, Tensor]:
-        """uint8 `image[b,3,H,W]`, int64 `text[b,T]` -> raw embeddings "image", "text" `[b,d]`.
+        """uint8 `image[b,3,H,W]`, int64 `text[b,T]` -> raw embeddings "image", "text" `[b,d]`, and what the heads make.
 
-        With a projector also "projected_image", "projected_text" `[b,d_teacher]`: linear in the embedding as it is,
-        before any normalisation (CLIP-KD, arXiv 2307.12732, sec. 3.3).
+        With a projector also "projected_image", ... `[b,d_teacher]`: of the embedding as it is, before any
+        normalisation (CLIP-KD, arXiv 2307.12732, sec. 3.3). "masked_image" is a second pass over a few of the patches;
+        "prototype_image", "prototype_text" `[b,d_prototype]` and "class_logits" `[b,C]` come from their heads.
         """
-        embeddings = {"image": self.encode_image(image), "text": self.encode_text(text)}
-        if self.projector is None:
-            return embeddings
-        return embeddings | {f"projected_{tower}": self.projector[tower](row) for tower, row in embeddings.items()}
+        features = {"image": self.encode_image(image), "text": self.encode_text(text)}
+        made = {}
+        if self.prototype_head is not None:
+            made |= {f"prototype_{tower}": self.prototype_head[tower](rows) for tower, rows in features.items()}
+        if self.class_head is not None:
+            made["class_logits"] = self.class_head(features["image"])
+        if self.mask is not None:
+            with self.mask:
+                features["masked_image"] = self.encode_image(image)
+        if self.projector is not None:
+            made |= {f"projected_{view}": self.projector[_tower(view)](rows) for view, rows in features.items()}
+        return features | made
 
     def encode_image(self, view: Tensor) -> Tensor:
         """uint8 `[b,3,H,W]` of any size -> raw embeddings `[b,d]`."""
@@ -53,8 +85,9 @@ class Student(nn.Module):
 
     @staticmethod
     def release_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The open_clip part of a state dict of Student: without the projector, keys without "clip."."""
-        odd = [key for key in state if not key.startswith(("clip.", "projector."))]
+        """The open_clip part of a state dict of Student: without the heads, keys without "clip."."""
+        heads_of = ("projector.", "prototype_head.", "class_head.")
+        odd = [key for key in state if not key.startswith(("clip.", *heads_of))]
         assert not odd, f"not a state of Student: {odd}"
         return {key.removeprefix("clip."): tensor for key, tensor in state.items() if key.startswith("clip.")}
 
@@ -64,7 +97,15 @@ class Student(nn.Module):
         self.clip.set_grad_checkpointing(True)
 
 
-def _linear_projector(embed_dim: int, teacher_dim: int | None) -> nn.ModuleDict:
-    if teacher_dim is None:
-        raise ConfigError("student.projector=linear needs a teacher to project to: add the section teacher, or drop it")
-    return nn.ModuleDict({tower: nn.Linear(embed_dim, teacher_dim) for tower in ("image", "text")})
+def _tower(view: str) -> str:
+    return "image" if view == "masked_image" else view
+
+
+def _common_width(teacher_dims: dict[str, int]) -> int:
+    """The width that all teachers share."""
+    if not teacher_dims:
+        raise ConfigError("student.projector needs a teacher to project to: add the section teacher, or drop it")
+    if len(set(teacher_dims.values())) > 1:
+        given = ", ".join(f"{name} {width}" for name, width in teacher_dims.items())
+        raise ConfigError(f"student.projector leads to one width, but the teachers have several: {given}")
+    return next(iter(teacher_dims.values()))

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from kd_accel.config import TeacherConfig
 from kd_accel.models.release import read_release, resolve_release
 from kd_accel.models.towers import build_open_clip, encode_image
+from kd_accel.types import TeacherSpec
 
 
 class Teacher(nn.Module):
@@ -18,11 +19,12 @@ class Teacher(nn.Module):
     clip          the open_clip model
     contract      what it wants as input
     embed_dim     d
-    logit_scale   1 / temperature that it was trained to
-    logit_bias    None, or the bias that it was trained to
+    logit_scale   1 / temperature: the configured one, or that it was trained to
+    logit_bias    None, or the bias that it was trained to; a softmax over a row does not see it
+    spec          what the objective has to know
     """
 
-    def __init__(self, config: TeacherConfig):
+    def __init__(self, config: TeacherConfig, *, name: str = "teacher"):
         """Leaves torch's generator as it was: a seed gives the same student with and without a teacher.
 
         Raises ConfigError when the model or its weights are not to be had.
@@ -33,11 +35,12 @@ class Teacher(nn.Module):
                 self.clip, self.contract, model_cfg, scale = read_release(resolve_release(config.path))
             else:
                 self.clip, self.contract, model_cfg, scale = build_open_clip(
-                    config.arch, pretrained=config.pretrained, preprocess=None, name="teacher"
+                    config.arch, pretrained=config.pretrained, preprocess=None, name=name
                 )
         self.embed_dim: int = model_cfg["embed_dim"]
-        self.logit_scale = math.exp(scale.log_scale)
+        self.logit_scale = 1 / config.temperature if config.temperature else math.exp(scale.log_scale)
         self.logit_bias = scale.bias
+        self.spec = TeacherSpec(self.embed_dim, self.logit_scale, config.weight)
         self.requires_grad_(False)
         self.eval()
 

@@ -80,9 +80,11 @@ def train(name: str, size: int, teacher_path: str) -> dict:
     accelerator = start_accelerator(precision="fp32", batch_size=b, grad_clip_norm=wanted.optim.grad_clip_norm)
     torch.manual_seed(1)
     teacher = Teacher(wanted.teacher)
-    student = Student(wanted.student, teacher.embed_dim)
-    objective = Objective(wanted.objective, teacher_scale=teacher.logit_scale)
-    engine = Engine(accelerator, student, teacher, optimizer=build_optimizer(student, wanted.optim), config=wanted)
+    student = Student(wanted.student, {"teacher": teacher.embed_dim})
+    objective = Objective(wanted.objective, teachers={"teacher": teacher.spec})
+    engine = Engine(
+        accelerator, student, {"teacher": teacher}, optimizer=build_optimizer(student, wanted.optim), config=wanted
+    )
     engine.module.train()
     result = {}
     for step in range(STEPS):
@@ -94,7 +96,7 @@ def train(name: str, size: int, teacher_path: str) -> dict:
             result |= {f"gradient.{key}": value for key, value in gradients(engine).items()}
             result |= {f"gradient.objective.{key}": p.grad.clone() for key, p in objective.named_parameters()}
         applied, grad_norm = engine.step(wanted.optim.lr)
-        objective.step(wanted.optim.temperature_lr)
+        objective.step(Progress(step), lr=wanted.optim.lr, temperature_lr=wanted.optim.temperature_lr)
         result |= {f"loss.{step}": outcome.loss.clone(), f"grad_norm.{step}": torch.tensor(grad_norm)}
         assert applied
     result |= {f"parameter.{key}": value for key, value in engine.weights().items()}

@@ -1,0 +1,88 @@
+"""Whether the terms fit the student, the teachers and the data: what only shows once they are built.
+
+Everything is checked before the first step and names the key to change.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from kd_accel import terms
+from kd_accel.config import ObjectiveConfig
+from kd_accel.recall import teacher_space
+from kd_accel.schema import ConfigError
+from kd_accel.types import TeacherSpec
+
+_ONE_SPACE = (  # terms that compare a student's feature with a teacher's, number by number
+    *(terms.FeatureMSE, terms.MaskedFeatureMSE, terms.InteractiveContrastive, terms.CrossKL, terms.Gradient),
+    *(terms.EmbeddingMSE, terms.EmbeddingL1, terms.EmbeddingHuber, terms.EmbeddingCE, terms.EmbeddingKL),
+    *(terms.Cosine, terms.SimReg, terms.Dino, terms.ProtoCPC, terms.Seed, terms.VICReg, terms.Barlow),
+)
+
+
+def check_fit(
+    config: ObjectiveConfig,
+    *,
+    widths: dict[str, int],
+    teachers: dict[str, TeacherSpec],
+    num_samples: int,
+    global_batch: int,
+) -> None:
+    """Raises ConfigError, one line per term that cannot work.
+
+    `widths` are those of the student's features by name.
+    """
+    problems = []
+    for name, term in config.terms.items():
+        key = f"objective.terms.{name}"
+        if _compares(term):
+            problems += _check_widths(key, term, widths, teachers)
+        match term:
+            case terms.Compress() | terms.Seed() if term.queue_size > num_samples:
+                problems.append(
+                    f"{key}.queue_size={term.queue_size} is larger than the data, {num_samples} samples: lower it"
+                )
+            case terms.Prototype() if term.episode_samples > num_samples:
+                given = f"{key}.episode_samples={term.episode_samples}"
+                problems.append(f"{given} is larger than the data, {num_samples} samples: lower it")
+            case terms.LabelCE(classes=None) if "class_logits" not in widths:
+                problems.append(
+                    f"{key} needs class embeddings or a class head: set {key}.classes or student.num_classes"
+                )
+            case terms.GlobalContrastive(temperature="network") if term.network.prototypes > global_batch:
+                problems.append(
+                    f"{key}.network.prototypes={term.network.prototypes} are taken from the first global batch, which"
+                    f" has {global_batch} samples: lower it, or raise data.batch_size"
+                )
+            case terms.GlobalContrastive() if global_batch < 2:
+                problems.append(f"{key} compares different samples: raise data.batch_size above {global_batch}")
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def check_class_width(key: str, embeddings: Tensor, widths: dict[str, int]) -> None:
+    """Raises ConfigError when class embeddings [C, d] are not as wide as the student's image features."""
+    width = teacher_space(widths, "image")
+    if embeddings.shape[1] != width:
+        raise ConfigError(
+            f"{key}: class embeddings are {embeddings.shape[1]} wide, the student's image features {width}: set"
+            " student.projector=linear with the teacher that made them, or give embeddings of that width"
+        )
+
+
+def _compares(term: terms.Term) -> bool:
+    return isinstance(term, _ONE_SPACE) or isinstance(term, terms.Compress) and term.queues == "1q"
+
+
+def _check_widths(key: str, term: terms.Term, widths: dict[str, int], teachers: dict[str, TeacherSpec]) -> list[str]:
+    teacher = term.teacher or next(iter(teachers))
+    theirs = teachers[teacher].embed_dim
+    towers = term.match if isinstance(term, terms.Matched) else ("image", "text")
+    ours = {teacher_space(widths, tower) for tower in towers}
+    if ours == {theirs}:
+        return []
+    given = ", ".join(map(str, sorted(ours)))
+    return [
+        f"{key} compares features of the student ({given} wide) and of the teacher ({theirs} wide):"
+        " set student.projector=linear, or that term to null"
+    ]

@@ -1,0 +1,66 @@
+"""The configs that carry the objectives of other systems, each trained for three steps on tiny data."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import tiny
+
+from kd_accel.config import TrainConfig
+from kd_accel.schema import load
+from kd_accel.train import run
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+# Sizes that tiny data cannot have; everything else is as in the file.
+SMALLER = {
+    "fastclip_kd": [],
+    "l1_ce_kl": [],
+    "embedding_labels": [],
+    "labels_only": ["student.num_classes=4"],
+    "proto_rkd": [],
+    "protoclip": [
+        "objective.terms.prototype.clusters=3",
+        "objective.terms.prototype.episode_samples=16",
+        "objective.terms.prototype.weight=1",
+        "student.prototype_head.hidden=16",
+    ],
+    "disttempnet": ["objective.terms.gcl.network.prototypes=6"],
+    "mobileclip": [],
+    "clip_kd": [],
+}
+
+
+@pytest.mark.parametrize("name", SMALLER)
+def test_three_steps(name, tmp_path, train_shards, tiny_teacher):
+    """Every loss is a number, the student moves, and the run ends with a checkpoint."""
+    (tmp_path / "classes.txt").write_text("red square\ngreen square\nblue square\nyellow square\n")
+    config = load(TrainConfig, [CONFIGS / f"{name}.yaml"], _tiny(name, tmp_path, train_shards, tiny_teacher))
+    run(config)
+    rows = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    losses = [row[key] for row in rows for key in row if key.startswith("loss")]
+    assert len(losses) == 3 * (1 + len(config.objective.terms))
+    assert all(math.isfinite(loss) for loss in losses)
+    assert all(row["grad_norm"] > 0 for row in rows)
+    assert (tmp_path / name / "checkpoints" / "step_00000003").is_dir()
+
+
+def _tiny(name: str, tmp_path, train_shards, tiny_teacher) -> list[str]:
+    """Overrides that put the file on tiny shards, a tiny student and tiny teachers."""
+    written = load(TrainConfig, [CONFIGS / f"{name}.yaml"])
+    width = 12 if written.teacher or written.teachers else 8  # the tiny teacher's, where there is no projector
+    arch = tiny.arch(embed_dim=8 if written.student.projector else width)
+    overrides = [
+        *(f"output_dir={tmp_path}", f"data.shards={train_shards}", "data.batch_size=8", "data.num_workers=0"),
+        *(f"student.arch={json.dumps(arch)}", "precision=fp32", "optim.epochs=null", "optim.steps=3"),
+        *("optim.warmup_steps=0", "log.every_steps=1"),
+    ]
+    teachers = [f"teachers.{each}" for each in written.teachers] or (["teacher"] if written.teacher else [])
+    for teacher in teachers:
+        overrides += [f"{teacher}.arch=null", f"{teacher}.pretrained=null", f"{teacher}.path={tiny_teacher}"]
+    if name == "embedding_labels":
+        overrides.append(f"objective.terms.label.classes={tmp_path}/classes.txt")
+    return overrides + SMALLER[name]
