@@ -86,8 +86,8 @@ def restore(checkpoint: Path, *, engine: Engine, objective: Objective) -> TrainS
     Raises ConfigError naming the file that is missing or damaged.
     """
     folder = checkpoint / "state"
+    state = _read_progress(checkpoint)
     try:
-        state = TrainState(**json.loads((folder / "progress.json").read_text()))
         step = state.step - state.skipped
         engine.load_weights(load_file(folder / "weights.safetensors"))
         moments = {key: load_file(folder / f"{key}.safetensors") for key in MOMENTS}
@@ -95,11 +95,20 @@ def restore(checkpoint: Path, *, engine: Engine, objective: Objective) -> TrainS
         objective.load_state(load_file(folder / "objective.safetensors"))
         if len(list(folder.glob("random_*.safetensors"))) == distributed.world_size():
             _set_random_state(load_file(folder / f"random_{distributed.rank():05d}.safetensors"))
-    except (OSError, SafetensorError, json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ConfigError(
-            f"{checkpoint}: not a whole checkpoint ({error}); resume from an older one: resume=PATH"
-        ) from None
+    except (OSError, SafetensorError, KeyError) as error:
+        raise _not_whole(checkpoint, error) from None
     return state
+
+
+def _read_progress(checkpoint: Path) -> TrainState:
+    try:
+        return TrainState(**json.loads((checkpoint / "state" / "progress.json").read_text()))
+    except (OSError, json.JSONDecodeError, TypeError) as error:
+        raise _not_whole(checkpoint, error) from None
+
+
+def _not_whole(checkpoint: Path, error: Exception) -> ConfigError:
+    return ConfigError(f"{checkpoint}: not a whole checkpoint ({error}); resume from an older one: resume=PATH")
 
 
 def find(config: TrainConfig, run: Path) -> Path | None:
@@ -131,7 +140,7 @@ def newest(run: Path) -> Path | None:
     return max(_steps(folder), default=None)
 
 
-def check_config(checkpoint: Path, config: TrainConfig, *, global_batch: int, state: TrainState) -> list[str]:
+def check_config(checkpoint: Path, config: TrainConfig, *, global_batch: int) -> list[str]:
     """Compare the checkpoint's config with `config`; returns what changed and may, as "key: old -> new".
 
     Raises ConfigError, one line per key, for a change of what is being learned or of the global batch.
@@ -141,10 +150,8 @@ def check_config(checkpoint: Path, config: TrainConfig, *, global_batch: int, st
     changed = [key for key in old | new if old.get(key) != new.get(key) and key not in ("resume", "name", "output_dir")]
     fixed = [key for key in changed if key.split(".")[0] in FIXED and key not in FREE and "placement" not in key]
     lines = [f"{key}: the checkpoint has {old.get(key)!r}, the config {new.get(key)!r}" for key in fixed]
-    if state.global_batch != global_batch:
-        lines.append(
-            f"data.global_batch_size: the checkpoint has {state.global_batch}, this launch makes {global_batch}"
-        )
+    if (before := _read_progress(checkpoint).global_batch) != global_batch:
+        lines.append(f"data.global_batch_size: the checkpoint has {before}, this launch makes {global_batch}")
     if lines:
         raise ConfigError(
             "\n".join([*lines, f"{checkpoint} was trained otherwise: give its values back, or name=OTHER"])

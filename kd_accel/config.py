@@ -283,9 +283,7 @@ class TrainConfig(Schema):
     def _labels_fit_terms(self):
         labelled = [name for name, term in self.objective.terms.items() if isinstance(term, LabelCE)]
         if labelled and self.data.label is None:
-            raise ValueError(
-                f"objective.terms.{labelled[0]} needs labels: set data.label to the class member's extension"
-            )
+            raise ValueError(f"objective.terms.{labelled[0]} needs labels: set data.label, for instance to cls")
         return self
 
 

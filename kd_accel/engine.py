@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from timm.optim import Lamb
 from torch import Tensor, nn
 
 from kd_accel import distributed
@@ -17,6 +18,7 @@ from kd_accel.config import TrainConfig, teachers_of
 from kd_accel.models.pair import Pair
 from kd_accel.models.student import Student
 from kd_accel.models.teacher import Teacher
+from kd_accel.schema import ConfigError
 from kd_accel.types import Batch
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # what AdamW remembers of each parameter
@@ -42,10 +44,18 @@ class Engine:
         optimizer: torch.optim.Optimizer,
         config: TrainConfig,
     ):
-        """Prepare student and optimizer, and with them every teacher whose placement is not `replicated`."""
+        """Prepare student and optimizer, and with them every teacher whose placement is not `replicated`.
+
+        Raises ConfigError for an optimizer that the engine cannot run.
+        """
         self.accelerator = accelerator
         self.grad_clip_norm = config.optim.grad_clip_norm
         self.zero_stage = accelerator.deepspeed_plugin.zero_stage if accelerator.deepspeed_plugin else 0
+        if self.zero_stage and config.optim.optimizer == "lamb":
+            raise ConfigError(
+                "optim.optimizer=lamb takes norms of whole parameters, which ZeRO cuts into pieces: use adamw, or"
+                " launch with launch/ddp.yaml"
+            )
         self.student = student
         if config.precision == "bf16":
             for teacher in teachers.values():
@@ -122,7 +132,8 @@ class Engine:
     def optimizer_state(self) -> OptimizerState:
         """AdamW's memory by parameter name; collective, complete on rank 0."""
         inner = self._adamw()
-        steps = {int(state["step"]) for state in inner.state.values() if "step" in state}
+        # AdamW counts by parameter, LAMB by group
+        steps = {int(state["step"]) for state in [*inner.state.values(), *inner.param_groups] if "step" in state}
         assert len(steps) <= 1, f"parameters took different numbers of steps: {steps}"
         moments: dict[str, dict[str, Tensor]] = {key: {} for key in MOMENTS}
         self._link_moments()
@@ -138,6 +149,8 @@ class Engine:
         if saved.step == 0:
             return
         inner = self._adamw()
+        for group in inner.param_groups if isinstance(inner, Lamb) else []:
+            group["step"] = torch.tensor(float(saved.step))
         for held in self._held_parameters():
             zeros = {key: torch.zeros_like(held, dtype=torch.float32) for key in MOMENTS}
             inner.state[held] = {"step": torch.tensor(float(saved.step)), **zeros}

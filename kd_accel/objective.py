@@ -174,8 +174,11 @@ class Objective(nn.Module):
 
     @torch.no_grad()
     def load_state(self, state: dict[str, Tensor]) -> None:
-        """Continue from what `state()` returned."""
-        self.load_state_dict({name: tensor for name, tensor in state.items() if not name.startswith("adamw.")})
+        """Continue from what `state()` returned. Raises KeyError when that was of other terms."""
+        given = {name: tensor for name, tensor in state.items() if not name.startswith("adamw.")}
+        if differing := given.keys() ^ self.state_dict().keys():
+            raise KeyError(f"objective state: {sorted(differing)[0]}")
+        self.load_state_dict(given)
         for name, parameter in self.named_parameters():
             keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"adamw.{key}.{name}" in state]
             if keys:

@@ -18,6 +18,7 @@ from kd_accel.checkpoint import TrainState
 from kd_accel.config import TrainConfig, teachers_of
 from kd_accel.data.loader import TrainLoader
 from kd_accel.engine import Engine
+from kd_accel.episodes import Episodes
 from kd_accel.fit import check_class_width, check_fit
 from kd_accel.launch import end_accelerator, start_accelerator
 from kd_accel.metrics import MetricsLog, Throughput, write_environment
@@ -55,6 +56,7 @@ class Trainer:
     student, teachers           the models
     loader                      batches of this rank
     engine, objective           what turns features into a step
+    episodes                    what clusters coming samples for `prototype` terms
     state, total_steps          where the run stands, where it ends
     metrics, throughput         what it says
     """
@@ -70,11 +72,14 @@ class Trainer:
         self.teachers = {name: Teacher(section, name=name) for name, section in teachers_of(config).items()}
         self.student = self._build_student()
         self.loader = self._build_loader()
-        set_seed(config.seed + 1 + distributed.rank())  # dropout differs
         self.objective = self._build_objective().to(self.accelerator.device)
+        set_seed(config.seed + 1 + distributed.rank())  # dropout differs from here on
         optimizer = build_optimizer(self.student, config.optim)
         self.engine = Engine(self.accelerator, self.student, self.teachers, optimizer=optimizer, config=config)
         self.total_steps = config.optim.steps or config.optim.epochs * self.loader.steps_per_epoch
+        self.episodes = Episodes(
+            self.objective, self.engine, loader=self.loader, build_loader=self._build_loader, seed=config.seed
+        )
         self.state = TrainState(global_batch=self.loader.global_batch)
         self._open_folder(resume_from)
 
@@ -83,6 +88,7 @@ class Trainer:
         self._announce()
         batches = iter(self.loader)
         while self.state.step < self.total_steps:
+            self.episodes.prepare(self._progress())
             with self.throughput.waiting():
                 batch = next(batches).to(self.accelerator.device)
             row = self._train_step(batch)
@@ -224,12 +230,9 @@ class Trainer:
         """Load the checkpoint, if any, and make the run's files."""
         changes: list[str] = []
         if resume_from is not None:
-            saved = checkpoint.restore(resume_from, engine=self.engine, objective=self.objective)
-            changes = checkpoint.check_config(
-                resume_from, self.config, global_batch=self.loader.global_batch, state=saved
-            )
-            self.state = saved
-            self.loader.load_state_dict(saved.data)
+            changes = checkpoint.check_config(resume_from, self.config, global_batch=self.loader.global_batch)
+            self.state = checkpoint.restore(resume_from, engine=self.engine, objective=self.objective)
+            self.loader.load_state_dict(self.state.data)
         if distributed.is_main():
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / "config.yaml").write_text(dump(self.config))

@@ -16,7 +16,7 @@ from kd_accel.schema import ConfigError, validate
 from kd_accel.types import Batch
 
 
-def config_of(teacher, precision: str) -> TrainConfig:
+def config_of(teacher, precision: str, optimizer: str = "adamw") -> TrainConfig:
     return validate(
         TrainConfig,
         {
@@ -26,7 +26,7 @@ def config_of(teacher, precision: str) -> TrainConfig:
             "student": {"arch": tiny.arch(22, 7), "projector": "linear"},
             "teacher": {"path": str(teacher)},
             "objective": {"terms": {"feature": {"kind": "feature_mse"}}},
-            "optim": {"lr": 1e-2, "steps": 10},
+            "optim": {"lr": 1e-2, "steps": 10, "optimizer": optimizer},
         },
     )
 
@@ -49,10 +49,10 @@ def start(config: TrainConfig) -> tuple[Engine, dict[str, torch.Tensor]]:
     """The engine, and the weights its student had before."""
     accelerator = start_accelerator(precision=config.precision, batch_size=4, grad_clip_norm=1.0)
     torch.manual_seed(1)
-    student, teacher = Student(config.student, 12), Teacher(config.teacher)
+    student, teachers = Student(config.student, {"teacher": 12}), {"teacher": Teacher(config.teacher)}
     weights = {name: p.detach().clone() for name, p in student.named_parameters()}
     optimizer = build_optimizer(student, config.optim)
-    return Engine(accelerator, student, teacher, optimizer=optimizer, config=config), weights
+    return Engine(accelerator, student, teachers, optimizer=optimizer, config=config), weights
 
 
 def batch(step: int) -> Batch:
@@ -63,13 +63,13 @@ def batch(step: int) -> Batch:
 
 
 def step(engine: Engine, number: int) -> None:
-    features, targets = engine.forward(batch(number))
+    features, teachers = engine.forward(batch(number))
     gradients = {name: f.detach().float() - 0.1 for name, f in features.items()}
     engine.backward(features, gradients)
     applied, norm = engine.step(1e-2)
     assert applied
     assert norm > 0
-    assert not any(target.requires_grad for target in targets.values())
+    assert not any(target.requires_grad for targets in teachers.values() for target in targets.values())
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
@@ -83,12 +83,14 @@ def test_masters_start_from_the_exact_weights(launched, tiny_teacher, stage, pre
         assert torch.equal(after[name], weight), name
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_state_by_name_is_the_whole_state(launched, tiny_teacher, stage, precision):
+@pytest.mark.parametrize(
+    ("precision", "stage", "optimizer"),
+    [(precision, stage, "adamw") for precision in ("fp32", "bf16") for stage in (0, 1, 2, 3)] + [("fp32", 0, "lamb")],
+)
+def test_state_by_name_is_the_whole_state(launched, tiny_teacher, precision, stage, optimizer):
     """Two steps, save, a fresh engine, load, a third step: bit for bit the weights and moments of three steps."""
     launched(stage)
-    config = config_of(tiny_teacher, precision)
+    config = config_of(tiny_teacher, precision, optimizer=optimizer)
     engine, _ = start(config)
     step(engine, 0), step(engine, 1)
     weights, memory = engine.weights(), engine.optimizer_state()
@@ -154,13 +156,20 @@ def test_stage_zero_is_refused(launched, monkeypatch):
         start_accelerator(precision="bf16", batch_size=4, grad_clip_norm=1.0)
 
 
+def test_lamb_needs_whole_parameters(launched, tiny_teacher):
+    """ZeRO cuts parameters into flat pieces, whose norms are not those of layers."""
+    launched(2)
+    with pytest.raises(ConfigError, match=r"optim.optimizer=lamb .*ZeRO"):
+        start(config_of(tiny_teacher, "fp32", optimizer="lamb"))
+
+
 def test_uncovered_parameter_is_noticed(launched, tiny_teacher):
     """A trainable parameter in no optimizer group would silently never train."""
     launched(0)
     config = config_of(tiny_teacher, "fp32")
     accelerator = start_accelerator(precision="fp32", batch_size=4, grad_clip_norm=1.0)
-    student = Student(config.student, 12)
+    student, teachers = Student(config.student, {"teacher": 12}), {"teacher": Teacher(config.teacher)}
     optimizer = build_optimizer(student, config.optim)
     optimizer.param_groups[0]["params"].pop()
     with pytest.raises(AssertionError, match="optimizer and the trainable parameters differ"):
-        Engine(accelerator, student, Teacher(config.teacher), optimizer=optimizer, config=config)
+        Engine(accelerator, student, teachers, optimizer=optimizer, config=config)

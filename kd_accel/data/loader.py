@@ -128,7 +128,7 @@ class TrainLoader:
 
 
 class _Rows(Dataset):
-    """(epoch, ids [b]) -> (used ids [b], views [b, 3, H, W] uint8, tokens, labels, bad records); lives in the workers."""
+    """(epoch, ids [b]) -> (used ids [b], views [b, 3, H, W] uint8, tokens, labels, bad records), in the workers."""
 
     def __init__(self, reader: ShardReader, config: DataConfig, contracts: dict[str, InputContract], seed: int):
         self._reader, self._augment, self._seed = reader, config.augment, seed

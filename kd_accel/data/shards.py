@@ -1,4 +1,4 @@
-"""Reads one sample of an indexed tar by its id. Tars are untrusted: only the image, the caption and, if wanted, the label are ever read."""
+"""Reads one sample of an indexed tar by its id. Tars are untrusted: only its image, caption and label are read."""
 
 from __future__ import annotations
 

@@ -39,9 +39,12 @@ def arch():
 def student(arch):
     """student(kind, **config): a Student with the same weights each time, in training mode."""
 
-    def make(kind: str = "vit", *, teacher_dim: int | None = None, **config: Any) -> Student:
+    def make(
+        kind: str = "vit", *, teacher_dim: int | None = None, mask_ratio: float | None = None, **config: Any
+    ) -> Student:
         torch.manual_seed(0)
-        return Student(StudentConfig(**{"arch": arch(kind)} | config), teacher_dim)
+        dims = {} if teacher_dim is None else {"teacher": teacher_dim}
+        return Student(StudentConfig(**{"arch": arch(kind)} | config), dims, mask_ratio=mask_ratio)
 
     return make
 

@@ -16,24 +16,25 @@ def teacher(release):
 
 
 def test_forward_is_that_of_its_parts(student, teacher, view, captions):
-    """Each model gets its own tokens; the keys are "student" and "teacher"."""
+    """Each model gets its own tokens, and answers under its name."""
     model = student().eval()
     own, other = model.contract.tokenize(captions), teacher.contract.tokenize(captions[::-1])
-    out = Pair(model, teacher)(view, own, other)
-    torch.testing.assert_close(out, {"student": model(view, own), "teacher": teacher(view, other)})
+    out = Pair(model, {"large": teacher, "base": teacher})(view, {"student": own, "large": other, "base": own})
+    expected = {"student": model(view, own), "large": teacher(view, other), "base": teacher(view, own)}
+    torch.testing.assert_close(out, expected)
 
 
-def test_without_a_teacher_its_key_is_absent(student, view, captions):
+def test_without_a_teacher_there_is_the_student(student, view, captions):
     model = student().eval()
-    out = Pair(model, None)(view, model.contract.tokenize(captions), None)
+    out = Pair(model, {})(view, {"student": model.contract.tokenize(captions)})
     assert out.keys() == {"student"}
 
 
 def test_train_reaches_the_student_alone(student, teacher):
-    pair = Pair(student(), teacher)
+    pair = Pair(student(), {"teacher": teacher})
     pair.train()
     assert pair.student.clip.training
-    assert not [module for module in pair.teacher.modules() if module.training]
+    assert not [module for module in pair.teachers["teacher"].modules() if module.training]
     pair.eval()
     assert not pair.student.clip.training
 

@@ -44,7 +44,7 @@ def test_projector_leaves_the_towers_initial_weights_alone(student):
 
 
 def test_projector_needs_a_teacher(student):
-    with pytest.raises(ConfigError, match="student.projector=linear needs a teacher"):
+    with pytest.raises(ConfigError, match="student.projector needs a teacher"):
         student(projector="linear")
 
 

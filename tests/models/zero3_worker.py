@@ -30,7 +30,7 @@ def build(release: str, dtype: torch.dtype) -> Pair:
     torch.manual_seed(0)
     student = StudentConfig(arch=ARCH, projector="linear", grad_checkpointing=True)
     teacher = Teacher(TeacherConfig(path=release))
-    return Pair(Student(student, teacher.embed_dim), teacher).to(dtype)
+    return Pair(Student(student, {"teacher": teacher.embed_dim}), {"teacher": teacher}).to(dtype)
 
 
 def loss(out: dict) -> torch.Tensor:
@@ -54,12 +54,14 @@ def compare(release: str, dtype: torch.dtype) -> None:
 
     generator = torch.Generator().manual_seed(1)
     view = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8, generator=generator)
-    tokens = plain.student.contract.tokenize(["a cat", "two dogs", "three birds"])
+    tokens = dict.fromkeys(
+        ("student", "teacher"), plain.student.contract.tokenize(["a cat", "two dogs", "three birds"])
+    )
     # ZeRO-3 rounds a linear layer's product and bias apart in bf16: compare to a few dozen roundings of 2^-9.
     tolerance = {"rtol": 0.1, "atol": 0.1} if bf16 else {"rtol": 1e-5, "atol": 1e-6}
     optimizer = torch.optim.SGD([p for p in plain.parameters() if p.requires_grad], lr=0.1)
     for _ in range(2):
-        out, expected = engine(view, tokens, tokens), plain(view, tokens, tokens)
+        out, expected = engine(view, tokens), plain(view, tokens)
         torch.testing.assert_close(out, expected, **tolerance)
         engine.backward(loss(out))
         engine.step()
