@@ -149,11 +149,11 @@ class Engine:
         if saved.step == 0:
             return
         inner = self._adamw()
-        for group in inner.param_groups if isinstance(inner, Lamb) else []:
-            group["step"] = torch.tensor(float(saved.step))
         for held in self._held_parameters():
-            zeros = {key: torch.zeros_like(held, dtype=torch.float32) for key in MOMENTS}
-            inner.state[held] = {"step": torch.tensor(float(saved.step)), **zeros}
+            inner.state[held] = {key: torch.zeros_like(held, dtype=torch.float32) for key in MOMENTS}
+        counted = inner.param_groups if isinstance(inner, Lamb) else inner.state.values()
+        for state in counted:
+            state["step"] = torch.tensor(float(saved.step))
         self._link_moments()
         for name, parameter in self.student.named_parameters():
             for key in MOMENTS:

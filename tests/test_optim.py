@@ -8,7 +8,7 @@ from torch import nn
 from kd_accel.config import OptimConfig
 from kd_accel.optim import build_optimizer, learning_rates
 from kd_accel.schedules import Progress
-from kd_accel.schema import validate
+from kd_accel.schema import ConfigError, validate
 
 
 def config(**values) -> OptimConfig:
@@ -41,3 +41,15 @@ def test_temperature_follows_lr_unless_told():
     assert learning_rates(config(**warm, temperature_lr=0.5), at, total_steps=10) == (0.25, 0.5)
     below = {"kind": "step_below", "value": 0.6, "threshold": 0.03, "ratio": 0.5}
     assert learning_rates(config(**warm, temperature_lr=below), at, total_steps=10)[1] == pytest.approx(0.3)
+
+
+@pytest.mark.parametrize("values", [{"cooldown_steps": 3}, {"schedule": "constant_cooldown"}])
+def test_cooldown_and_its_steps_need_each_other(values):
+    with pytest.raises(ConfigError, match="cooldown_steps and schedule=constant_cooldown need each other"):
+        config(**values)
+
+
+def test_lamb_does_not_clip_by_itself():
+    """The run's grad_clip_norm clips; timm's own default of 1 would do so a second time."""
+    optimizer = build_optimizer(nn.Linear(2, 2), config(optimizer="lamb"))
+    assert all(group["max_grad_norm"] is None for group in optimizer.param_groups)

@@ -6,7 +6,20 @@ import math
 
 import pytest
 
-from kd_accel.schedules import Constant, Cosine, Linear, Progress, Scheduled, StepBelow, value_at, warmup_cosine
+from kd_accel.schedules import (
+    Constant,
+    Cosine,
+    Linear,
+    Piecewise,
+    Progress,
+    Scheduled,
+    StepBelow,
+    StepEvery,
+    bounds,
+    value_at,
+    warmup_constant,
+    warmup_cosine,
+)
 from kd_accel.schema import ConfigError, Schema, load
 
 
@@ -98,3 +111,49 @@ def test_warmup_cosine_at_its_corners():
     assert lr_at(30) == lr_at(1000) == pytest.approx(0.25)
     assert lr_at(0, warmup_steps=0) == 1.0
     assert lr_at(29, warmup_steps=30) == 1.0
+
+
+def test_step_every_takes_a_step_per_so_many_epochs():
+    """torch's StepLR: the ratio once more after every 10 epochs, not in between."""
+    schedule = StepEvery(value=8.0, ratio=0.5, epochs=10)
+    at = {0.0: 8.0, 9.99: 8.0, 10.0: 4.0, 19.5: 4.0, 35.0: 1.0}
+    assert {epoch: value_at(schedule, Progress(epoch=epoch)) for epoch in at} == at
+
+
+def test_piecewise_changes_at_its_epochs():
+    """values[i] from epochs[i - 1] on."""
+    schedule = Piecewise(values=[4, 2, 1], epochs=[1, 101])
+    at = {0.0: 4, 0.99: 4, 1.0: 2, 100.9: 2, 101.0: 1, 500.0: 1}
+    assert {epoch: value_at(schedule, Progress(epoch=epoch)) for epoch in at} == at
+
+
+@pytest.mark.parametrize("epochs", ["[1]", "[5, 1]", "[1, 1]"])
+def test_piecewise_needs_rising_epochs_one_fewer_than_values(epochs):
+    with pytest.raises(ConfigError, match="3 values need 2 rising epochs"):
+        load(Holder, overrides=[f"weight={{kind: piecewise, values: [1, 2, 3], epochs: {epochs}}}"])
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        (0.5, (0.5, 0.5)),
+        (Constant(value=2), (2, 2)),
+        (Linear(start=3, end=-1, steps=2), (-1, 3)),
+        (Cosine(start=0.2, end=1, steps=2), (0.2, 1)),
+        (StepBelow(value=6, threshold=0.03, ratio=0.5), (3, 6)),
+        (StepEvery(value=6, ratio=0.5, epochs=1), (0, 6)),
+        (StepEvery(value=6, ratio=2, epochs=1), (6, math.inf)),
+        (StepEvery(value=6, ratio=1, epochs=1), (6, 6)),
+        (Piecewise(values=[4, 2, 7], epochs=[1, 2]), (2, 7)),
+    ],
+)
+def test_bounds_are_the_lowest_and_highest_value(schedule, expected):
+    assert bounds(schedule) == expected
+
+
+def test_cooldown_ends_at_the_least_rate():
+    """Warm-up, a constant rate, and the last steps down a power of what is left of them."""
+    options = {"lr": 1.0, "min_lr": 0.2, "warmup_steps": 2, "total_steps": 10, "cooldown_steps": 4, "power": 2.0}
+    rates = [warmup_constant(step, **options) for step in range(11)]
+    assert rates[:7] == [0.5] + [1.0] * 6
+    assert rates[6:] == pytest.approx([0.2 + 0.8 * (left / 4) ** 2 for left in (4, 3, 2, 1, 0)])

@@ -48,7 +48,7 @@ def cosine_distance(rows: Rows, targets: Rows) -> PerRow:
 def centered_cross_entropy(
     rows: Rows, targets: Rows, center: Float[Tensor, "d"], student_temperature: float, teacher_temperature: float
 ) -> PerRow:
-    """-sum softmax((target - center) / t_t) log softmax(row / t_s) (DINO, arXiv 2104.14294, eq. 1).
+    """-sum softmax((target - center) / t_t) log softmax(row / t_s) (DINO, arXiv 2104.14294, eq. 2).
 
     The centre is the caller's: the running mean of the batch means of the targets (eq. 4).
     """

@@ -24,22 +24,24 @@ def rkd_distance(rows: Float[Tensor, "B d"], targets: Float[Tensor, "B e"]) -> S
 
 
 def _relative_distances(rows: Float[Tensor, "B d"]) -> Float[Tensor, "B B"]:
-    """Euclidean distances over the mean of the positive ones."""
+    """Euclidean distances over their mean, a sample's distance to itself left out."""
+    pairs = len(rows) * (len(rows) - 1)
     squares = rows.square().sum(dim=1)
     distances = (squares[:, None] + squares[None, :] - 2 * rows @ rows.T).clamp(min=1e-12).sqrt()
     distances = distances * (1 - torch.eye(len(rows), dtype=rows.dtype, device=rows.device))
-    return distances / distances[distances > 0].mean()
+    return distances * (pairs / distances.sum())
 
 
 def rkd_angle(rows: Float[Tensor, "B d"], targets: Float[Tensor, "B e"]) -> Scalar:
     """Smooth L1 between the cosines of the angles at every sample (RKD, arXiv 1904.05068, sec. 3.2.2).
 
-    There are B^3 angles: they are made for a few anchors at a time, and again in the backward pass, so that memory
-    grows with B^2.
+    There are B^3 angles: they are made for ANCHORS samples at a time, and again in the backward pass, so that the
+    largest tensor is ANCHORS x B x B (or d).
     """
     total = torch.zeros_like(rows[0, 0])
+    options = {"use_reentrant": False, "preserve_rng_state": False}  # nothing in there is random
     for start in range(0, len(rows), ANCHORS):
-        total = total + checkpoint(_angle_error, rows, targets, start, use_reentrant=False)
+        total = total + checkpoint(_angle_error, rows, targets, start, **options)
     return total / len(rows) ** 3
 
 
@@ -50,8 +52,11 @@ def _angle_error(rows: Float[Tensor, "B d"], targets: Float[Tensor, "B e"], star
 
 
 def _angles(rows: Float[Tensor, "B d"], anchors: slice) -> Float[Tensor, "a B B"]:
-    """Cosine of the angle j-i-k at each anchor i."""
-    directions = F.normalize(rows[None, :] - rows[anchors][:, None], dim=2)  # [a, B, d]
+    """Cosine of the angle j-i-k at each anchor i; 0 where j or k coincides with i."""
+    differences = rows[None, :] - rows[anchors][:, None]  # [a, B, d]
+    lengths = differences.norm(dim=2, keepdim=True)
+    # Over infinity, no direction and no gradient; F.normalize's floor would let one of 1e12 times the error through.
+    directions = differences / lengths.masked_fill(lengths == 0, torch.inf)
     return directions @ directions.transpose(1, 2)
 
 
@@ -93,7 +98,11 @@ def vicreg(
     variance_weight: float,
     covariance_weight: float,
 ) -> Scalar:
-    """Invariance, variance and covariance of the embeddings (VICReg, arXiv 2105.04906, eq. 1 to 6)."""
+    """Invariance, variance and covariance of the embeddings (VICReg, arXiv 2105.04906, eq. 1 to 6).
+
+    As in its authors' code, the hinge on the deviations is averaged over the two sides, where eq. 6 adds them, and the
+    invariance is a mean over B and d, where eq. 5 adds over d.
+    """
     invariance = F.mse_loss(rows, targets)
     variance = sum((1 - (side.var(dim=0) + 1e-4).sqrt()).relu().mean() for side in (rows, targets)) / 2
     covariance = sum(_off_diagonal(side.T.cov()).square().sum() for side in (rows, targets)) / rows.shape[1]

@@ -9,6 +9,7 @@ from itertools import islice
 
 import numpy as np
 import pytest
+import tiny
 import torch
 
 from kd_accel.config import DataConfig
@@ -296,3 +297,12 @@ def test_real_pairs_load(data_root, tmp_path, make_loader):
     assert [batch.image.shape for batch in batches] == [(64, 3, 16, 16)] * 4
     assert len(set(sum(ids(batches), []))) == 256
     assert loader.take_bad() == []
+
+
+def test_labels_stand_beside_their_samples(train_shards, make_loader):
+    """data.label brings them; without it there are none. The tiny shards number their colours by id."""
+    (batch,) = take(make_loader(train_shards, batch_size=8, label="cls"), 1)
+    assert batch.labels.tolist() == [i % 20 % len(tiny.COLORS) for i in batch.ids.tolist()]
+    assert batch.to("cpu").labels.equal(batch.labels)
+    (batch,) = take(make_loader(train_shards, batch_size=8), 1)
+    assert batch.labels is None

@@ -10,6 +10,7 @@ import pytest
 from kd_accel.data import shards
 from kd_accel.data.index import build_index, expand_shards, load_index
 from kd_accel.data.shards import BadSample, ShardReader
+from kd_accel.schema import ConfigError
 
 
 def reader(folder, caption="txt"):
@@ -84,3 +85,31 @@ def test_few_shards_are_open_at_a_time(make_shards, monkeypatch):
     for i in [0, 1, 0, 2, 3, 4, 0, 1]:
         assert read.read(i).id == i
         assert len(os.listdir("/proc/self/fd")) <= before + 2
+
+
+def test_labels_are_read_where_they_are_wanted(tmp_path, write_tar):
+    """A whole number, with or without white space around it; nobody asks for one when there is no data.label."""
+    build_index([write_tar(tmp_path / "0.tar", [("a", {"jpg": b"1", "txt": b"t", "cls": b" 7\n"})])])
+    paths = expand_shards(str(tmp_path))
+    assert ShardReader(paths, load_index(paths, caption="txt", label="cls")).read(0).label == 7
+    assert reader(tmp_path).read(0).label is None
+
+
+@pytest.mark.parametrize(
+    ("label", "reason"),
+    [(b"cat", "label is not a whole number: 'cat'"), (b"-1", "'-1'"), (b"", "''"), (None, "label member is missing")],
+)
+def test_a_sample_without_a_usable_label_is_bad(tmp_path, write_tar, label, reason):
+    members = {"jpg": b"1", "txt": b"t"}
+    given = {} if label is None else {"cls": label}
+    build_index([write_tar(tmp_path / "0.tar", [("a", members | given), ("b", members | {"cls": b"0"})])])
+    paths = expand_shards(str(tmp_path))
+    with pytest.raises(BadSample, match=reason):
+        ShardReader(paths, load_index(paths, caption="txt", label="cls")).read(0)
+
+
+def test_shards_without_any_label(make_shards):
+    """The key to change is data.label."""
+    paths = expand_shards(str(make_shards([2])))
+    with pytest.raises(ConfigError, match=r"data.label: no sample has a member .cls; the shards have jpg, json, txt"):
+        load_index(paths, caption="txt", label="cls")

@@ -16,7 +16,17 @@ from jaxtyping import TypeCheckError, jaxtyped
 
 from kd_accel.losses import contrastive, distillation
 
-FORMULAS = [distillation.soft_cross_entropy, distillation.kl_divergence, distillation.squared_distance]
+OFFSET = 1
+
+
+def cos_diff(targets: torch.Tensor, cosines: torch.Tensor) -> torch.Tensor:
+    """With partners that are not on the main diagonal."""
+    return distillation.cos_diff(targets, cosines, OFFSET)
+
+
+ENTROPIC = [distillation.soft_cross_entropy, distillation.kl_divergence]
+DISTANCES = [distillation.squared_distance, distillation.logit_mse, cos_diff]
+FORMULAS = ENTROPIC + DISTANCES
 
 
 def _logits(b: int = 4, columns: int = 6) -> torch.Tensor:
@@ -45,6 +55,55 @@ def test_kl_divergence_is_its_definition():
     targets, logits = _logits(), _logits()
     slow = _loop(lambda q, p: q * math.log(q / p), targets, logits)
     torch.testing.assert_close(distillation.kl_divergence(targets, logits), slow)
+
+
+def test_cross_entropy_of_is_its_definition():
+    """-sum_j p_ij ln q_ij of probabilities that are given."""
+    probabilities, logits = torch.rand(4, 6, dtype=torch.float64), _logits()
+    slow = []
+    for row, given in zip(logits.tolist(), probabilities.tolist(), strict=True):
+        slow.append(-sum(p * math.log(q) for p, q in zip(given, _softmax(row), strict=True)))
+    actual = distillation.cross_entropy_of(probabilities, logits)
+    torch.testing.assert_close(actual, torch.tensor(slow, dtype=torch.float64))
+
+
+def test_an_ensembles_loss_is_the_mean_of_its_members():
+    """MobileCLIP averages the teachers' distributions after the softmax, so their soft cross entropies too."""
+    teachers, logits = [_logits(), _logits(), _logits()], _logits()
+    mean = sum(t.softmax(dim=1) for t in teachers) / len(teachers)
+    members = sum(distillation.soft_cross_entropy(t, logits) for t in teachers) / len(teachers)
+    torch.testing.assert_close(distillation.cross_entropy_of(mean, logits), members)
+
+
+def test_logit_mse_is_its_definition():
+    """(1 / B) sum_j (t_ij - s_ij)^2."""
+    targets, cosines = _logits(), _logits()
+    slow = [sum((targets[i, j] - cosines[i, j]) ** 2 for j in range(6)) / 6 for i in range(4)]
+    torch.testing.assert_close(distillation.logit_mse(targets, cosines), torch.stack(slow))
+
+
+@pytest.mark.parametrize("offset", [0, 1, 2])
+def test_cos_diff_is_its_definition(offset):
+    """relu(t_ii - s_ii) + (1 / (B - 1)) sum_{j != i} relu(s_ij - t_ij), whichever column holds the partner."""
+    targets, cosines = _logits(), _logits()
+    slow = []
+    for i in range(4):
+        gaps = (cosines[i] - targets[i]).tolist()
+        own = gaps.pop(offset + i)
+        slow.append(max(-own, 0) + sum(max(gap, 0) for gap in gaps) / len(gaps))
+    actual = distillation.cos_diff(targets, cosines, offset)
+    torch.testing.assert_close(actual, torch.tensor(slow, dtype=torch.float64))
+
+
+def test_cos_diff_asks_for_no_more_than_the_teacher():
+    """Partners that are nearer than the teacher's, and strangers that are farther, cost nothing."""
+    targets = _logits()
+    partners = F.pad(torch.eye(4), (OFFSET, 1))  # [4, 6]
+    better = (targets + 2 * partners - 1).requires_grad_()
+    rows = cos_diff(targets, better)
+    rows.sum().backward()
+    torch.testing.assert_close(rows.detach(), torch.zeros_like(rows))
+    torch.testing.assert_close(better.grad, torch.zeros_like(better))
 
 
 def test_squared_distance_is_its_definition():
@@ -77,7 +136,7 @@ def test_gradient_is_that_of_finite_differences(formula):
     assert torch.autograd.gradcheck(lambda z: formula(targets, z), _logits().requires_grad_())
 
 
-@pytest.mark.parametrize("formula", [distillation.kl_divergence, distillation.squared_distance])
+@pytest.mark.parametrize("formula", [distillation.kl_divergence, *DISTANCES])
 def test_agreement_costs_nothing(formula):
     """A student that equals its teacher has zero loss and zero gradient in every row."""
     targets = _logits()
@@ -107,7 +166,19 @@ def test_kl_is_positive_and_not_symmetric():
     assert not torch.allclose(forward, backward)
 
 
-@pytest.mark.parametrize("formula", FORMULAS[:2])
+@pytest.mark.parametrize("formula", ENTROPIC)
+@pytest.mark.parametrize("size", [100.0, 1e4])
+def test_large_logits_stay_finite(formula, size):
+    """At temperature 0.01 logits reach +-100, at SEED's 1e-4 they reach 1e4: value and gradient are numbers in fp32."""
+    targets = torch.tensor([[-size, size], [size, -size]])
+    logits = (-targets).requires_grad_()
+    rows = formula(targets, logits)
+    rows.sum().backward()
+    torch.testing.assert_close(rows.detach(), torch.full((2,), 2 * size))  # all the mass where the student has none
+    torch.testing.assert_close(logits.grad, targets.sign().neg())
+
+
+@pytest.mark.parametrize("formula", ENTROPIC)
 def test_distributions_ignore_a_shift_of_the_row(formula):
     """A constant on all logits of a row changes nothing, the teacher's or the student's."""
     targets, logits = _logits(), _logits()
@@ -115,11 +186,19 @@ def test_distributions_ignore_a_shift_of_the_row(formula):
     torch.testing.assert_close(shifted, formula(targets, logits))
 
 
-@pytest.mark.parametrize("formula", FORMULAS)
+@pytest.mark.parametrize("formula", [*ENTROPIC, *DISTANCES[:2]])
 def test_columns_may_be_permuted(formula):
     """The order of the columns carries no meaning."""
     targets, logits, order = _logits(), _logits(), torch.randperm(6)
     torch.testing.assert_close(formula(targets[:, order], logits[:, order]), formula(targets, logits))
+
+
+def test_samples_may_be_permuted():
+    """cos_diff, whose partners are on the diagonal, goes along with a permutation of the samples."""
+    targets, cosines = torch.randn(2, 6, 6, dtype=torch.float64)
+    order = torch.randperm(6)
+    shuffled = distillation.cos_diff(targets[order][:, order], cosines[order][:, order], 0)
+    torch.testing.assert_close(shuffled, distillation.cos_diff(targets, cosines, 0)[order])
 
 
 def test_a_confidence_of_one_column_is_refused():

@@ -75,3 +75,12 @@ def test_directory_without_weights_is_refused(release):
     (folder / "open_clip_model.safetensors").unlink()
     with pytest.raises(ConfigError, match="no such file, so the release has no weights"):
         Teacher(TeacherConfig(path=str(folder)))
+
+
+def test_spec_is_what_the_objective_has_to_know(release):
+    """Width, logit scale and weight; a temperature of the config replaces the trained one."""
+    path = str(release("timm", log_scale=3.0))
+    trained, given = (Teacher(TeacherConfig(path=path, weight=0.5, temperature=t)) for t in (None, 0.02))
+    assert trained.spec.logit_scale == pytest.approx(math.exp(3.0))
+    assert given.spec.logit_scale == pytest.approx(50.0)
+    assert (trained.spec.embed_dim, trained.spec.weight) == (trained.embed_dim, 0.5)

@@ -1,0 +1,78 @@
+"""What only shows once student, teachers and data are known: one line per term that cannot work, with the key."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kd_accel.config import ObjectiveConfig
+from kd_accel.fit import check_class_width, check_fit
+from kd_accel.schema import ConfigError, validate
+from kd_accel.types import TeacherSpec
+
+WIDTHS = {"image": 8, "text": 8}
+
+
+def check(term: dict, *, widths: dict[str, int] = WIDTHS, num_samples: int = 100, global_batch: int = 16) -> None:
+    config = validate(ObjectiveConfig, {"terms": {"x": term}})
+    teachers = {"teacher": TeacherSpec(12, 1.0)}
+    check_fit(config, widths=widths, teachers=teachers, num_samples=num_samples, global_batch=global_batch)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    (
+        "feature_mse masked_feature_mse interactive_contrastive cross_kl gradient embedding_mse embedding_l1"
+        " embedding_huber embedding_ce embedding_kl cosine simreg dino proto_cpc vicreg barlow"
+    ).split(),
+)
+def test_features_of_two_widths_cannot_be_compared(kind):
+    """The student's projector makes them alike."""
+    with pytest.raises(ConfigError, match=r"objective.terms.x .* \(8 wide\) .* \(12 wide\): set student.projector"):
+        check({"kind": kind})
+    check({"kind": kind}, widths=WIDTHS | {"projected_image": 12, "projected_text": 12})
+
+
+@pytest.mark.parametrize("kind", ["rkd", "logit_kl", "affinity", "mobileclip", "soft_label", "augmented_feature"])
+def test_relations_may_have_two_widths(kind):
+    check({"kind": kind})
+
+
+@pytest.mark.parametrize("kind", ["compress", "seed"])
+def test_a_queue_larger_than_the_data(kind):
+    """It would hold samples against themselves."""
+    widths = {"image": 12, "text": 12}
+    with pytest.raises(ConfigError, match=r"objective.terms.x.queue_size=101 is larger than the data, 100 samples"):
+        check({"kind": kind, "queue_size": 101}, widths=widths)
+    check({"kind": kind, "queue_size": 100}, widths=widths)
+
+
+def test_an_episode_larger_than_the_data():
+    with pytest.raises(ConfigError, match=r"objective.terms.x.episode_samples=101 is larger than the data"):
+        check({"kind": "prototype", "episode_samples": 101})
+
+
+def test_labels_need_classes_or_a_head():
+    with pytest.raises(ConfigError, match=r"set objective.terms.x.classes or student.num_classes"):
+        check({"kind": "label_ce"})
+    check({"kind": "label_ce"}, widths=WIDTHS | {"class_logits": 3})
+
+
+def test_prototypes_of_a_network_come_from_one_batch():
+    term = {"kind": "global_contrastive", "temperature": "network", "network": {"prototypes": 17}}
+    with pytest.raises(ConfigError, match=r"objective.terms.x.network.prototypes=17 .* which has 16 samples"):
+        check(term)
+    check(term, global_batch=17)
+
+
+def test_the_global_contrast_needs_two_samples():
+    with pytest.raises(ConfigError, match="compares different samples: raise data.batch_size above 1"):
+        check({"kind": "global_contrastive"}, global_batch=1)
+
+
+def test_class_embeddings_of_another_width():
+    """They have to be as wide as the student's image features, or what its projector makes of them."""
+    embeddings = torch.randn(3, 12)
+    with pytest.raises(ConfigError, match=r"the.key: class embeddings are 12 wide, the student's image features 8"):
+        check_class_width("the.key", embeddings, WIDTHS)
+    check_class_width("the.key", embeddings, WIDTHS | {"projected_image": 12})
