@@ -1,7 +1,7 @@
 """Where a term of the YAML meets its formula: rows of a chunk, or the whole batch, in; losses out.
 
 Terms that remember or learn something of their own (global_contrastive, queues, centres, prototypes, fusion) are in
-recall.py and global_contrast.py; everything here is a pure function of the features.
+recall/; everything here is a pure function of the features.
 """
 
 from __future__ import annotations

@@ -21,13 +21,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from kd_accel import distributed, terms
+from kd_accel import distributed, recall, terms
 from kd_accel.bindings import row_losses, student_columns, teacher_columns, whole_loss
 from kd_accel.chunks import CONTRASTED, Chunk, Step, unit
 from kd_accel.config import ObjectiveConfig
-from kd_accel.global_contrast import GlobalContrast
 from kd_accel.memory import SampleMemory
-from kd_accel.recall import Centers, Clusters, Fusion, Queues, Recall
+from kd_accel.own_optimizer import OwnOptimizer
 from kd_accel.schedules import Progress, value_at
 from kd_accel.temperature import block_outward, logit_scale
 from kd_accel.types import TeacherSpec
@@ -82,21 +81,20 @@ class Objective(nn.Module):
         self.log_scale = nn.Parameter(start.clone(), requires_grad=config.temperature.learnable)
         self.logit_bias = None if config.logit_bias is None else nn.Parameter(torch.tensor(config.logit_bias))
         self.own_log_scale = nn.ParameterDict(
-            {name: nn.Parameter(start.clone()) for name, term in config.terms.items() if _has_own_scale(term)}
+            {name: nn.Parameter(start.clone()) for name, term in config.terms.items() if terms.has_own_scale(term)}
         )
         # What is remembered here, alike on every rank.
-        made = {
-            name: self._recall(name, term, widths or {}, num_ids, betas, eps) for name, term in config.terms.items()
-        }
+        given = {"widths": widths or {}, "teachers": self.teachers, "num_ids": num_ids, "betas": betas, "eps": eps}
+        made = {name: recall.build(name, term, **given) for name, term in config.terms.items()}
         self.recall = nn.ModuleDict({name: module for name, module in made.items() if module is not None})
-        weighed = {self._teacher(term) for term in config.terms.values() if _uses_confidence(term)}
+        weighed = {self._teacher(term) for term in config.terms.values() if terms.confidence_of(term)}
         self.confidences = nn.ModuleDict(
             {name: SampleMemory(num_ids, {"alpha": math.nan}) for name in sorted(weighed) if num_ids is not None}
         )
         for name, embeddings in (class_embeddings or {}).items():
             self.register_buffer(f"classes_{name}", _fp32(embeddings), persistent=False)
         self._staged: dict[str, Tensor] | None = None  # what the last forward noted, of all ranks
-        self.optimizer = self._build_optimizer(betas, eps)
+        self.optimizer = OwnOptimizer(self._scales(), self.recall, betas=betas, eps=eps)
 
     @property
     def log_logit_scale(self) -> float:
@@ -151,10 +149,7 @@ class Objective(nn.Module):
 
         For the trainer to call exactly when the engine took its step.
         """
-        if self.optimizer is not None:
-            for group in self.optimizer.param_groups:
-                group["lr"] = self._group_lr(group["name"], progress, lr, temperature_lr)
-            self.optimizer.step()
+        self.optimizer.step(progress, lr=lr, temperature_lr=temperature_lr)
         if self._staged is None:
             return
         noted, self._staged = self._staged, None
@@ -167,10 +162,7 @@ class Objective(nn.Module):
     def state(self) -> dict[str, Tensor]:
         """Everything learned and remembered here, and AdamW's moments, by name; alike on every rank."""
         state = {name: tensor.detach().clone() for name, tensor in self.state_dict().items()}
-        for name, parameter in self.named_parameters():
-            memory = self.optimizer.state.get(parameter, {}) if self.optimizer else {}
-            state |= {f"adamw.{key}.{name}": value.clone() for key, value in memory.items()}
-        return state
+        return state | self.optimizer.state(dict(self.named_parameters()))
 
     @torch.no_grad()
     def load_state(self, state: dict[str, Tensor]) -> None:
@@ -179,10 +171,7 @@ class Objective(nn.Module):
         if differing := given.keys() ^ self.state_dict().keys():
             raise KeyError(f"objective state: {sorted(differing)[0]}")
         self.load_state_dict(given)
-        for name, parameter in self.named_parameters():
-            keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"adamw.{key}.{name}" in state]
-            if keys:
-                self.optimizer.state[parameter] = {key: state[f"adamw.{key}.{name}"].clone() for key in keys}
+        self.optimizer.load_state(dict(self.named_parameters()), state)
 
     # One step ---------------------------------------------------------------------------------------------------------
 
@@ -200,7 +189,7 @@ class Objective(nn.Module):
         for term in self.config.terms.values():
             student |= student_columns(term, leaves)
             names = teacher_columns(term)
-            if _uses_confidence(term):
+            if terms.confidence_of(term):
                 names = names | set(CONTRASTED)
             owners = self._ensemble(term) if isinstance(term, terms.MobileClip) else [self._teacher(term)]
             teacher |= {(owner, name) for owner in owners for name in names}
@@ -211,7 +200,7 @@ class Objective(nn.Module):
         """Forward and backward of every term, chunk by chunk; each graph is gone before the next one."""
         for module in self.recall.values():
             module.prepare(step, progress)
-        for teacher in {self._teacher(t) for t in self.config.terms.values() if _confidence(t) == "sigmoid"}:
+        for teacher in {self._teacher(t) for t in self.config.terms.values() if terms.confidence_of(t) == "sigmoid"}:
             step.measure_hardness(teacher, self.config.chunk_rows)
         for rows in step.chunks(self.config.chunk_rows):
             self._chunk(step, rows, progress)
@@ -226,7 +215,7 @@ class Objective(nn.Module):
             if isinstance(term, terms.WholeBatchTerm):
                 continue
             losses = self._rows(name, term, chunk, progress)  # [c]
-            if _uses_confidence(term):
+            if terms.confidence_of(term):
                 losses = losses * chunk.coefficient(term.teacher, term.confidence)
             step.add(f"loss/{name}", losses)
             total = total + self._weight(term, progress) * losses.sum() / step.num_columns
@@ -263,7 +252,7 @@ class Objective(nn.Module):
 
     def _note_confidences(self, chunk: Chunk) -> None:
         """For the metrics, and by sample id for whoever wants to look at them later."""
-        for teacher in {self._teacher(t) for t in self.config.terms.values() if _uses_confidence(t)}:
+        for teacher in {self._teacher(t) for t in self.config.terms.values() if terms.confidence_of(t)}:
             alpha = chunk.confidence(teacher)
             chunk.step.add("confidence" if len(self.teachers) == 1 else f"confidence/{teacher}", alpha)
             if teacher in self.confidences:
@@ -315,52 +304,6 @@ class Objective(nn.Module):
     def _scales(self) -> list[nn.Parameter]:
         bias = [] if self.logit_bias is None else [self.logit_bias]
         return [self.log_scale, *bias, *self.own_log_scale.values()]
-
-    def _recall(self, name: str, term, widths: dict[str, int], num_ids: int | None, betas, eps) -> Recall | None:
-        """The module of a term that remembers or learns something of its own."""
-        teacher = self.teachers[self._teacher(term)].embed_dim if isinstance(term, terms.DistillationTerm) else None
-        match term:
-            case terms.GlobalContrastive():
-                own = {"num_ids": num_ids, "width": widths.get("image"), "betas": betas, "eps": eps}
-                return GlobalContrast(name, term, **own)
-            case terms.Compress() | terms.Seed():
-                return Queues(name, term, widths=widths, teacher_width=teacher)
-            case terms.Dino() | terms.ProtoCPC():
-                return Centers(name, term, width=teacher)
-            case terms.Prototype():
-                external = self.teachers[term.teacher].embed_dim if term.teacher else None
-                return Clusters(name, term, num_ids=num_ids, widths=widths, target_width=external)
-            case terms.AugmentedFeature():
-                return Fusion(name, term, widths=widths, teacher_width=teacher)
-        return None
-
-    def _build_optimizer(self, betas: tuple[float, float], eps: float) -> torch.optim.AdamW | None:
-        """A group of scales, one of fusion layers, one of each TempNet, whose Adam is torch's default one."""
-        groups = [{"name": "temperature", "params": [p for p in self._scales() if p.requires_grad]}]
-        for name, module in self.recall.items():
-            options = {"betas": (0.9, 0.999), "eps": 1e-8} if isinstance(module, GlobalContrast) else {}
-            groups.append({"name": name, "params": list(module.parameters()), **options})
-        groups = [group for group in groups if group["params"]]
-        return torch.optim.AdamW(groups, betas=betas, eps=eps, weight_decay=0.0) if groups else None
-
-    def _group_lr(self, name: str, progress: Progress, lr: float, temperature_lr: float) -> float:
-        """Scales have their own learning rate, a TempNet that of its term, fusion layers that of the towers."""
-        if name == "temperature":
-            return temperature_lr
-        term = self.config.terms[name]
-        return value_at(term.network.lr, progress) if isinstance(term, terms.GlobalContrastive) else lr
-
-
-def _has_own_scale(term: terms.Term) -> bool:
-    return isinstance(term, terms.Prototype) or getattr(term, "scale", None) == "own"
-
-
-def _confidence(term: terms.Term) -> bool | str:
-    return isinstance(term, terms.DistillationTerm) and term.confidence
-
-
-def _uses_confidence(term: terms.Term) -> bool:
-    return bool(_confidence(term))
 
 
 def _under(start: str, noted: dict[str, Tensor]) -> dict[str, Tensor]:

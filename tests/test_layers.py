@@ -18,7 +18,7 @@ LAYERS = (
     ("__init__ types schema schedules terms config help",),
     ("distributed", "losses"),
     ("memory", "models", "data"),
-    ("objective chunks temperature bindings recall global_contrast fit",),
+    ("objective own_optimizer chunks temperature bindings recall fit",),
     ("launch engine optim metrics checkpoint episodes evals",),
     ("train", "evals.suite", "report"),
     ("demo",),  # runs the other verbs

@@ -46,8 +46,8 @@ from kd_accel.terms.embedding import (
     ProtoCPC,
     SimReg,
 )
+from kd_accel.terms.questions import check_teachers, confidence_of, has_own_scale
 from kd_accel.terms.relational import RKD, Barlow, Compress, Prototype, Seed, VICReg
-from kd_accel.terms.teachers import check_teachers
 
 AnyTerm = Annotated[
     Clip
@@ -126,4 +126,6 @@ __all__ = [
     "VICReg",
     "WholeBatchTerm",
     "check_teachers",
+    "confidence_of",
+    "has_own_scale",
 ]

@@ -17,7 +17,7 @@ from kd_accel.losses import global_contrastive as formula
 from kd_accel.losses.contrastive import similarity_logits
 from kd_accel.memory import SampleMemory
 from kd_accel.models.tempnet import TempNet, dropout_mask
-from kd_accel.recall import Recall, Rows
+from kd_accel.recall.base import Recall, Rows
 from kd_accel.schedules import Progress, value_at
 from kd_accel.terms import GlobalContrastive
 

@@ -1,4 +1,4 @@
-"""Which teachers the terms learn from, and whether they are there."""
+"""What is asked of any term: its teachers, its confidence, its scale."""
 
 from __future__ import annotations
 
@@ -18,6 +18,16 @@ def check_teachers(terms: dict[str, Term], names: list[str]) -> None:
             f"{idle[0] if len(names) > 1 else 'teacher'} is given but no term of objective.terms uses it:"
             " add one (logit_kl, ...) or drop the teacher (teacher=null)"
         )
+
+
+def confidence_of(term: Term) -> bool | str:
+    """How the term weighs samples by its teacher's confidence; false for those that cannot."""
+    return isinstance(term, DistillationTerm) and term.confidence
+
+
+def has_own_scale(term: Term) -> bool:
+    """Whether the term learns a logit scale of its own."""
+    return isinstance(term, Prototype) or getattr(term, "scale", None) == "own"
 
 
 def _teachers_of(key: str, term: Term, names: list[str]) -> list[str]:

@@ -1,0 +1,44 @@
+"""prototype: contrast with the clusters of an episode. c rows of a chunk."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from kd_accel.chunks import Chunk, Step
+from kd_accel.losses import prototypes
+from kd_accel.memory import Prototypes
+from kd_accel.recall.base import Recall
+from kd_accel.schedules import Progress
+from kd_accel.terms import Prototype
+
+
+class Clusters(Recall):
+    """prototype: this episode's clusters, which episodes.py sets, and the cluster of every sample.
+
+    clusters    a Prototypes
+    """
+
+    def __init__(self, name: str, term: Prototype, *, num_ids: int, widths: dict[str, int], target_width: int | None):
+        super().__init__()
+        self.name, self.term = name, term
+        student = {tower: widths.get(f"prototype_{tower}", widths[tower]) for tower in term.match}
+        targets = {ours: target_width or student_width(widths, theirs) for ours, theirs in term.match.items()}
+        self.clusters = Prototypes(num_ids, term.clusters, student_width=student, target_width=targets)
+
+    def prepare(self, step: Step, progress: Progress) -> None:
+        self._ids = step.ids
+
+    def rows(self, chunk: Chunk, scale: Tensor) -> Tensor:
+        losses = [self._tower(chunk, tower, scale) for tower in self.term.match]
+        return sum(losses) / len(losses)
+
+    def _tower(self, chunk: Chunk, tower: str, scale: Tensor) -> Tensor:
+        rows = chunk.leaves.get(f"prototype_{tower}", chunk.leaves[tower])
+        labels = self.clusters.labels_of(tower, self._ids[chunk.rows])
+        centroids, targets = self.clusters.centroids_of(tower)
+        return prototypes.prototype_contrast(rows, centroids, labels, targets, scale, self.term.target_temperature)
+
+
+def student_width(widths: dict[str, int], tower: str) -> int:
+    """Of the features that are clustered: the prototype head's, or the tower's."""
+    return widths.get(f"prototype_{tower}", widths[tower])
