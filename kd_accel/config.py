@@ -1,4 +1,4 @@
-"""The schema of every YAML file, one class per section. The string below a field is what `kd-accel help VERB` prints.
+"""The schema of every YAML file, one class per verb. The string below a field is what `kd-accel help VERB` prints.
 
 Imports no torch: `kd-accel --help` and `kd-accel config` answer at once.
 """
@@ -6,236 +6,21 @@ Imports no torch: `kd-accel --help` and `kd-accel config` answer at once.
 from __future__ import annotations
 
 import re
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from kd_accel.schedules import Scheduled
 from kd_accel.schema import Schema
-from kd_accel.terms import AnyTerm, LabelCE, SigLip, check_teachers
-
-
-class AugmentConfig(Schema):
-    """Training augmentation; every draw is a pure function of (seed, epoch, sample id)."""
-
-    scale: tuple[float, float] = (0.9, 1.0)
-    """Area of the random crop, as a share of the image (open_clip's default)."""
-    ratio: tuple[float, float] = (0.75, 4 / 3)
-    """Aspect ratio of the random crop, width / height."""
-    flip: float = Field(0.0, ge=0, le=1)
-    """Probability of a horizontal flip; captions with left and right do not survive one."""
-
-    @field_validator("scale", "ratio")
-    @classmethod
-    def _ordered(cls, value):
-        if not 0 < value[0] <= value[1]:
-            raise ValueError("expected two positive numbers, the smaller first")
-        return value
-
-
-class DataConfig(Schema):
-    """Where the samples come from."""
-
-    shards: str | list[str]
-    """Webdataset tars, with brace ranges: "data/{00000..00139}.tar"; a folder means every tar in it.
-
-    Index them once: kd-accel index FOLDER."""
-    batch_size: int | None = Field(None, gt=0)
-    """Samples per process and optimizer step."""
-    global_batch_size: int | None = Field(None, gt=0)
-    """Samples per optimizer step over all processes, instead of batch_size; a run may then resume on more or fewer."""
-    caption: str = "txt"
-    """Extension of the tar member that holds the caption."""
-    label: str | None = None
-    """Extension of the tar member that holds the class number (webdataset's cls), for label_ce; null: no labels."""
-    num_workers: int = Field(2, ge=0)
-    """Loader processes per training process; 0 decodes in the training process itself."""
-    shuffle_window: int = Field(8, gt=0)
-    """Shards whose samples are mixed with each other; larger mixes better, smaller reads nearer to sequential."""
-    augment: AugmentConfig = AugmentConfig()
-    max_bad_fraction: float = Field(0.01, ge=0, le=1)
-    """Share of unreadable samples above which the run stops; each one is replaced and listed in bad_samples.jsonl."""
-
-    @model_validator(mode="after")
-    def _one_batch_size(self):
-        if (self.batch_size is None) == (self.global_batch_size is None):
-            raise ValueError("give exactly one of batch_size (per process) and global_batch_size (over all processes)")
-        return self
-
-
-class PreprocessConfig(Schema):
-    """How pixels reach a model of your own; named architectures bring their own."""
-
-    mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
-    """Per channel, of pixels in 0..1 (OpenAI CLIP's)."""
-    std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
-    """Per channel."""
-    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
-    """How the image is resized."""
-    resize_mode: Literal["shortest", "longest", "squash"] = "shortest"
-    """Which side meets the image size, as in open_clip."""
-
-
-class PrototypeHeadConfig(Schema):
-    """A small network per tower whose output is clustered and compared with clusters (ProtoCLIP's projection heads)."""
-
-    hidden: int = Field(2048, gt=0)
-    """Width of the hidden layers."""
-    width: int = Field(128, gt=0)
-    """Width of what comes out."""
-    layers: int = Field(1, gt=0)
-    """Hidden layers."""
-
-
-class StudentConfig(Schema):
-    """The model that learns."""
-
-    arch: str | dict[str, Any]
-    """An open_clip architecture ("ViT-B-16"), or an inline open_clip config: {embed_dim, vision_cfg, text_cfg}."""
-    pretrained: str | None = None
-    """Start from these weights: an open_clip tag of the architecture, or a file; null starts from scratch."""
-    preprocess: PreprocessConfig | None = None
-    """Replaces the architecture's own mean, std and resizing."""
-    projector: Literal["linear", "mlp"] | None = None
-    """linear: a trained layer per tower from the student's width to the teacher's, for terms that compare features.
-
-    mlp: two layers with a GELU between them."""
-    num_classes: int | None = Field(None, gt=1)
-    """A linear class head on the image embedding, for label_ce without class embeddings."""
-    prototype_head: PrototypeHeadConfig | None = None
-    """A head per tower for the term prototype; null: it uses the embeddings themselves."""
-    grad_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more time."""
-
-
-class TeacherConfig(Schema):
-    """The frozen model that is learned from: give `arch` and `pretrained`, or `path`."""
-
-    arch: str | None = None
-    """An open_clip architecture."""
-    pretrained: str | None = None
-    """An open_clip tag of the architecture, or a weights file."""
-    path: str | None = None
-    """A release directory (open_clip_config.json beside its weights), or one of our runs (its newest checkpoint)."""
-    placement: Literal["engine", "replicated"] = "engine"
-    """engine: in the prepared module (ZeRO-3 partitions it). replicated: a whole copy per process, outside of it."""
-    temperature: float | None = Field(None, gt=0)
-    """Of its logits in every term; null: the one it was trained to."""
-    weight: float = Field(1.0, gt=0)
-    """Factor of the terms that learn from it, and its share in an ensemble."""
-
-    @model_validator(mode="after")
-    def _one_source(self):
-        if (self.path is None) == (self.arch is None):
-            raise ValueError("give either path, or arch with pretrained")
-        if self.arch is not None and self.pretrained is None:
-            raise ValueError("pretrained is needed beside arch: a teacher with random weights teaches nothing")
-        if self.path is not None and self.pretrained is not None:
-            raise ValueError("path already names the weights: drop pretrained")
-        return self
-
-
-class TemperatureConfig(Schema):
-    """The student's temperature, 1 / logit_scale; fp32 and outside the engine whatever the precision."""
-
-    init: float | None = Field(None, gt=0, le=1)
-    """Value at the first step; null: the model's own, which is 0.07 from scratch (SigLIP starts at 0.1)."""
-    min: float = Field(0.01, gt=0, le=1)
-    """Never below (0.01 is CLIP's)."""
-    learnable: bool = True
-    """false keeps it at init."""
-
-    @model_validator(mode="after")
-    def _start_inside(self):
-        if self.init is not None and self.init < self.min:
-            raise ValueError(f"init={self.init} lies below min={self.min}: raise init or lower min")
-        return self
-
-
-class ObjectiveConfig(Schema):
-    """What is minimised: a weighted sum of terms."""
-
-    terms: dict[str, AnyTerm | None] = Field(min_length=1)
-    """Name of your choice -> term; a name set to null drops a term that a base file brought."""
-    temperature: TemperatureConfig = TemperatureConfig()
-    logit_bias: float | None = None
-    """Start of the learnable bias on the student's logits; siglip needs it (-10 in the paper), others ignore it."""
-    chunk_rows: int = Field(256, gt=0)
-    """Rows of a process that are compared with all columns at a time: memory grows with chunk_rows x global batch."""
-
-    @model_validator(mode="after")
-    def _terms_fit(self):
-        kept = {name: term for name, term in self.terms.items() if term is not None}
-        if not kept:
-            raise ValueError("terms: every term is null; at least one is needed")
-        siglip = [name for name, term in kept.items() if isinstance(term, SigLip)]
-        if siglip and self.logit_bias is None:
-            raise ValueError(
-                f"terms.{siglip[0]} is siglip and needs logit_bias (-10 in the paper, with temperature.init=0.1)"
-            )
-        self.__dict__["terms"] = kept
-        return self
-
-
-class OptimConfig(Schema):
-    """The towers' optimizer, and how its learning rate moves after a linear warm-up."""
-
-    optimizer: Literal["adamw", "lamb"] = "adamw"
-    """lamb: layer-wise steps for very large batches (arXiv 1904.00962); needs whole parameters, so no ZeRO."""
-    lr: float = Field(gt=0)
-    """Peak learning rate."""
-    schedule: Literal["cosine", "constant", "constant_cooldown"] = "cosine"
-    """After the warm-up: half a cosine to min_lr; lr to the end; lr, and at the end cooldown_steps down to min_lr."""
-    min_lr: float = Field(0.0, ge=0)
-    """Learning rate at the end of the cosine or of the cooldown."""
-    cooldown_steps: int = Field(0, ge=0)
-    """Steps of the cooldown of constant_cooldown."""
-    cooldown_power: float = Field(1.0, gt=0)
-    """1: the cooldown is a straight line; more: it bends towards min_lr."""
-    epochs: int | None = Field(None, gt=0)
-    """Length of the run in epochs (give one of epochs, steps)."""
-    steps: int | None = Field(None, gt=0)
-    """Length of the run in optimizer steps."""
-    warmup_steps: int = Field(0, ge=0)
-    """Steps of linear warm-up."""
-    weight_decay: float = Field(0.1, ge=0)
-    """On matrices and kernels; biases, norms, class and position embeddings of one dimension get none."""
-    betas: tuple[float, float] = (0.9, 0.98)
-    """AdamW's moment decays."""
-    eps: float = Field(1e-6, gt=0)
-    """AdamW's epsilon."""
-    grad_clip_norm: float = Field(1.0, ge=0)
-    """Gradients of the student are scaled down to this global norm; 0 switches clipping off."""
-    temperature_lr: Scheduled | None = None
-    """Learning rate of the temperature and of other scales; null follows lr with its warm-up and cosine."""
-
-    @model_validator(mode="after")
-    def _one_length(self):
-        if (self.epochs is None) == (self.steps is None):
-            raise ValueError("give exactly one of epochs and steps")
-        if (self.schedule == "constant_cooldown") != bool(self.cooldown_steps):
-            raise ValueError("cooldown_steps and schedule=constant_cooldown need each other: set both or neither")
-        return self
-
-
-class SaveConfig(Schema):
-    """When a checkpoint is written; the end of the run always writes one."""
-
-    every_steps: int | None = Field(None, gt=0)
-    """Optimizer steps between two checkpoints; null: once per epoch."""
-    keep_last: int = Field(2, gt=0)
-    """How many of the newest checkpoints stay."""
-    keep_every: int | None = Field(None, gt=0)
-    """Checkpoints whose step is a multiple of this stay for good."""
-
-
-class LogConfig(Schema):
-    """What is written while training."""
-
-    every_steps: int = Field(10, gt=0)
-    """Optimizer steps between two rows of metrics.jsonl and of the console."""
-    trackers: list[str] = []
-    """Accelerate trackers by name, for instance [tensorboard, wandb]."""
+from kd_accel.sections import (
+    DataConfig,
+    LogConfig,
+    ObjectiveConfig,
+    OptimConfig,
+    SaveConfig,
+    StudentConfig,
+    TeacherConfig,
+)
+from kd_accel.terms import LabelCE, check_teachers
 
 
 class TrainConfig(Schema):

@@ -6,21 +6,21 @@ The file needs no network, no script and no file beside it. Every text in it com
 from __future__ import annotations
 
 import html
-import io
 import json
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
+from safetensors import SafetensorError, safe_open
 
 from kd_accel.config import ReportConfig
 from kd_accel.metrics import flat, read_rows, replace_text
+from kd_accel.pictures import COLORS, Line, curve, histogram
 from kd_accel.schema import ConfigError
 
-# Colours of the runs, in order: of middling lightness, so that they are readable on white and on near-black.
-COLORS = ("#2b7bba", "#d55e00", "#009e73", "#b5579a", "#b08900", "#4fa3c7", "#8a6d5b", "#7f7f7f")
+OBJECTIVE = "state/objective.safetensors"  # of a checkpoint: there training remembers confidences, by sample id
 
 CURVES = {
     "Loss": lambda key: key == "loss" or key.startswith("loss/"),
@@ -71,6 +71,7 @@ class Run:
     results: list[dict[str, Any]]  # rows of results.jsonl
     config: str | None  # text of config.yaml
     environment: dict[str, Any] | None
+    confidences: dict[str, np.ndarray] | None  # [N] by teacher, nan: never seen; None: unreadable
 
 
 def run(config: ReportConfig) -> Path:
@@ -90,6 +91,7 @@ def write_report(runs: list[Path], output: Path) -> Path:
     sections = [
         _section("Evaluation", _evaluation(shown)),
         *(_section(title, _curves(shown, belongs)) for title, belongs in _groups(shown).items()),
+        *_confidences(shown),
         _section("Config", _config_difference(shown) + _configs(shown)),
         _section("Environment", _environment(shown)),
     ]
@@ -119,7 +121,25 @@ def _read_run(path: Path, name: str, number: int) -> Run:
         results=rows("results.jsonl"),
         config=config.read_text(encoding="utf-8") if config.exists() else None,
         environment=json.loads(environment.read_text(encoding="utf-8")) if environment.exists() else None,
+        confidences=_read_confidences(path),
     )
+
+
+def _read_confidences(path: Path) -> dict[str, np.ndarray] | None:
+    """What the newest checkpoint remembers, and no other tensor of it; {} without a checkpoint or a memory."""
+    if not (path / "checkpoints").is_dir():
+        return {}
+    from kd_accel.checkpoint import newest  # brings the whole engine with it
+
+    if (checkpoint := newest(path)) is None:
+        return {}
+    try:
+        with safe_open(checkpoint / OBJECTIVE, framework="numpy") as file:
+            keys = [key.split(".") for key in file.keys()]
+            teachers = sorted(key[1] for key in keys if key[0] == "confidences" and key[2:] == ["alpha"])
+            return {teacher: file.get_tensor(f"confidences.{teacher}.alpha") for teacher in teachers}
+    except (OSError, SafetensorError):
+        return None
 
 
 # Curves -------------------------------------------------------------------------------------------------------------
@@ -146,35 +166,37 @@ def _curves(runs: list[Run], belongs) -> str:
 
 
 def _curve(runs: list[Run], key: str) -> str:
-    """One panel: `key` over steps, a line per run, as inline SVG in the page's own text colour."""
-    try:
-        from matplotlib import rc_context
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ConfigError("report needs matplotlib: pip install 'kd_accel[report]'") from None
-    ink = "#123456"  # replaced by the page's text colour below
-    colors = dict.fromkeys(("axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), ink)
-    with rc_context(colors | {"svg.fonttype": "none", "svg.hashsalt": key, "font.size": 9}):
-        figure = Figure(figsize=(4.4, 2.6), layout="constrained")
-        axes = figure.add_subplot(frameon=False)
-        for run in runs:
-            points = [(row["step"], row[key]) for row in run.metrics if row.get(key) is not None]
-            steps, values = zip(*points, strict=True) if points else ((), ())
-            axes.plot(steps, values, color=run.color, linewidth=1.5, marker="o" if len(points) == 1 else None)
-        axes.grid(color=ink, alpha=0.12, linewidth=0.6)
-        axes.tick_params(length=0)
-        axes.set_xlabel("step")
-        text = io.StringIO()
-        figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    return _inline(text.getvalue()).replace(ink, "currentColor")
+    """One panel: `key` over steps, a line per run."""
+    points = [[(row["step"], row[key]) for row in run.metrics if row.get(key) is not None] for run in runs]
+    unzipped = [tuple(zip(*pairs, strict=True)) or ((), ()) for pairs in points]
+    return curve([Line(run.color, *line) for run, line in zip(runs, unzipped, strict=True)], name=key)
 
 
-def _inline(svg: str) -> str:
-    """An SVG file's text as an element of an HTML page: no prolog, no metadata, no fixed size, no repeated ids."""
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r' xmlns(:\w+)?="[^"]*"| (width|height)="[\d.]+pt"', "", svg)
-    return re.sub(r'<g id="[^"]*"', "<g", svg)
+# Confidences ---------------------------------------------------------------------------------------------------------
+
+
+def _confidences(runs: list[Run]) -> list[str]:
+    """A section with a histogram per teacher; none when no run remembers confidences."""
+    missing = _missing([run for run in runs if run.confidences is None], OBJECTIVE, "kd-accel train CONFIG.yaml")
+    teachers = sorted({teacher for run in runs for teacher in run.confidences or {}})
+    figures = "".join(_histogram(teacher, runs) for teacher in teachers)
+    if not (missing or figures):
+        return []
+    return [_section("Confidences of the samples", f"{missing}<div class=curves>{figures}</div>")]
+
+
+def _histogram(teacher: str, runs: list[Run]) -> str:
+    """The samples that training has seen, by the teacher's probability of the right partner when it last saw them."""
+    known = [(run, run.confidences[teacher]) for run in runs if teacher in (run.confidences or {})]
+    seen = [(run, alpha[~np.isnan(alpha)], len(alpha)) for run, alpha in known]
+    svg = histogram([(run.color, alpha) for run, alpha, _ in seen], name=f"confidences {teacher}")
+    lines = "".join(f"<br>{html.escape(run.name)}: {_seen(alpha, total)}" for run, alpha, total in seen)
+    return f"<figure>{svg}<figcaption>{html.escape(teacher)}{lines}</figcaption></figure>"
+
+
+def _seen(alpha: np.ndarray, total: int) -> str:
+    mean = f", mean {alpha.mean(dtype=np.float64):.4f}" if len(alpha) else ""
+    return f"{len(alpha):,} of {total:,} samples seen{mean}"
 
 
 # Tables -------------------------------------------------------------------------------------------------------------

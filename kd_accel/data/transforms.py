@@ -14,8 +14,8 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torchvision.transforms import Compose
 
-from kd_accel.config import AugmentConfig
 from kd_accel.data.shards import BadSample
+from kd_accel.sections import AugmentConfig
 from kd_accel.types import InputContract
 
 # what is found behind the names .jpg, .png and .webp; PIL would also hand EPS to Ghostscript

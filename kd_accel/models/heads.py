@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from kd_accel.config import PrototypeHeadConfig
+from kd_accel.sections import PrototypeHeadConfig
 
 TOWERS = ("image", "text")
 

@@ -28,8 +28,8 @@ from torch import Tensor, nn
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import resize
 
-from kd_accel.config import PreprocessConfig
 from kd_accel.schema import ConfigError
+from kd_accel.sections import PreprocessConfig
 from kd_accel.types import InputContract
 
 CLIP_BPE = "clip_bpe"  # the tokenizer that open_clip carries with it

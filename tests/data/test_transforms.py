@@ -14,9 +14,9 @@ from open_clip import image_transform
 from PIL import Image
 from torchvision.transforms import RandomResizedCrop
 
-from kd_accel.config import AugmentConfig
 from kd_accel.data.shards import BadSample
 from kd_accel.data.transforms import decode, eval_view, random_box, train_view
+from kd_accel.sections import AugmentConfig
 
 WHOLE = AugmentConfig(scale=(1, 1), ratio=(1, 1))  # of a square image
 

@@ -14,10 +14,10 @@ import pytest
 import torch
 from safetensors.torch import load, load_file, save_file
 
-from kd_accel.config import PreprocessConfig
 from kd_accel.models.release import CONFIG, WEIGHTS, read_release, resolve_release, write_release
 from kd_accel.models.towers import encode_image, to_model_input
 from kd_accel.schema import ConfigError
+from kd_accel.sections import PreprocessConfig
 
 ODD_PIXELS = PreprocessConfig(mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4), interpolation="bilinear", resize_mode="squash")
 
