@@ -1,15 +1,14 @@
 """Pictures of the report: inline SVG in the page's own text colour, one colour per run.
 
-    svg = curve([Line("#2b7bba", steps, losses)], name="loss")
+svg = curve([("#2b7bba", [(1, 3.0), (2, 1.5)])], name="loss")
 """
 
 from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -25,26 +24,17 @@ INK = "#123456"  # replaced by the page's text colour
 BINS = 40  # of a histogram over 0..1
 
 
-@dataclass(frozen=True)
-class Line:
-    """A run's part of a curve."""
-
-    color: str
-    steps: Sequence[int]
-    values: Sequence[float]
-
-
-def curve(lines: list[Line], *, name: str) -> str:
-    """One panel over steps, a line per run; `name` keeps the ids of the page's pictures apart."""
+def curve(lines: list[tuple[str, list[tuple[int, float]]]], *, name: str) -> str:
+    """One panel over steps, a line per run: (colour, points) each. `name` keeps apart the ids of a page's pictures."""
     with _panel(name, "step") as (axes, svg):
-        for line in lines:
-            alone = "o" if len(line.steps) == 1 else None
-            axes.plot(line.steps, line.values, color=line.color, linewidth=1.5, marker=alone)
+        for color, points in lines:
+            steps, values = zip(*points, strict=True) if points else ((), ())
+            axes.plot(steps, values, color=color, linewidth=1.5, marker="o" if len(points) == 1 else None)
     return _inline(svg.getvalue())
 
 
 def histogram(samples: list[tuple[str, np.ndarray]], *, name: str) -> str:
-    """One panel over 0..1, an outline per run: the share of its values in each bin; (colour, values) each."""
+    """One panel over 0..1, an outline per run: the share of its values in each bin. (colour, values) each."""
     with _panel(name, "") as (axes, svg):
         for color, values in samples:
             counts, edges = np.histogram(values, bins=BINS, range=(0.0, 1.0))

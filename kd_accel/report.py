@@ -6,21 +6,16 @@ The file needs no network, no script and no file beside it. Every text in it com
 from __future__ import annotations
 
 import html
-import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import yaml
-from safetensors import SafetensorError, safe_open
 
 from kd_accel.config import ReportConfig
-from kd_accel.metrics import flat, read_rows, replace_text
-from kd_accel.pictures import COLORS, Line, curve, histogram
-from kd_accel.schema import ConfigError
-
-OBJECTIVE = "state/objective.safetensors"  # of a checkpoint: there training remembers confidences, by sample id
+from kd_accel.metrics import flat, replace_text
+from kd_accel.pictures import curve, histogram
+from kd_accel.runs import OBJECTIVE, Run, read_runs
 
 CURVES = {
     "Loss": lambda key: key == "loss" or key.startswith("loss/"),
@@ -61,19 +56,6 @@ summary { cursor: pointer; padding: .25rem 0 }
 """
 
 
-@dataclass(frozen=True)
-class Run:
-    """What one run directory holds; None or no rows where a file is missing."""
-
-    name: str
-    color: str
-    metrics: list[dict[str, Any]]  # rows of metrics.jsonl
-    results: list[dict[str, Any]]  # rows of results.jsonl
-    config: str | None  # text of config.yaml
-    environment: dict[str, Any] | None
-    confidences: dict[str, np.ndarray] | None  # [N] by teacher, nan: never seen; None: unreadable
-
-
 def run(config: ReportConfig) -> Path:
     """The verb: write the report of `config.runs` and say where it is."""
     runs = [Path(name) for name in config.runs]
@@ -87,7 +69,7 @@ def write_report(runs: list[Path], output: Path) -> Path:
 
     Raises ConfigError for a run directory that does not exist, and without matplotlib.
     """
-    shown = [_read_run(path, name, number) for number, (path, name) in enumerate(zip(runs, _names(runs), strict=True))]
+    shown = read_runs(runs)
     sections = [
         _section("Evaluation", _evaluation(shown)),
         *(_section(title, _curves(shown, belongs)) for title, belongs in _groups(shown).items()),
@@ -98,48 +80,6 @@ def write_report(runs: list[Path], output: Path) -> Path:
     output.parent.mkdir(parents=True, exist_ok=True)
     replace_text(output, _page(shown, "\n".join(sections)))
     return output
-
-
-def _names(runs: list[Path]) -> list[str]:
-    """The directories' names, with the parent's where two runs share one."""
-    names = [path.resolve().name for path in runs]
-    return [f"{p.resolve().parent.name}/{n}" if names.count(n) > 1 else n for p, n in zip(runs, names, strict=True)]
-
-
-def _read_run(path: Path, name: str, number: int) -> Run:
-    if not path.is_dir():
-        raise ConfigError(f"{path}: no such run directory; give the directory that kd-accel train wrote")
-
-    def rows(file: str) -> list[dict[str, Any]]:
-        return read_rows(path / file) if (path / file).exists() else []
-
-    config, environment = path / "config.yaml", path / "environment.json"
-    return Run(
-        name=name,
-        color=COLORS[number % len(COLORS)],
-        metrics=rows("metrics.jsonl"),
-        results=rows("results.jsonl"),
-        config=config.read_text(encoding="utf-8") if config.exists() else None,
-        environment=json.loads(environment.read_text(encoding="utf-8")) if environment.exists() else None,
-        confidences=_read_confidences(path),
-    )
-
-
-def _read_confidences(path: Path) -> dict[str, np.ndarray] | None:
-    """What the newest checkpoint remembers, and no other tensor of it; {} without a checkpoint or a memory."""
-    if not (path / "checkpoints").is_dir():
-        return {}
-    from kd_accel.checkpoint import newest  # brings the whole engine with it
-
-    if (checkpoint := newest(path)) is None:
-        return {}
-    try:
-        with safe_open(checkpoint / OBJECTIVE, framework="numpy") as file:
-            keys = [key.split(".") for key in file.keys()]
-            teachers = sorted(key[1] for key in keys if key[0] == "confidences" and key[2:] == ["alpha"])
-            return {teacher: file.get_tensor(f"confidences.{teacher}.alpha") for teacher in teachers}
-    except (OSError, SafetensorError):
-        return None
 
 
 # Curves -------------------------------------------------------------------------------------------------------------
@@ -167,9 +107,8 @@ def _curves(runs: list[Run], belongs) -> str:
 
 def _curve(runs: list[Run], key: str) -> str:
     """One panel: `key` over steps, a line per run."""
-    points = [[(row["step"], row[key]) for row in run.metrics if row.get(key) is not None] for run in runs]
-    unzipped = [tuple(zip(*pairs, strict=True)) or ((), ()) for pairs in points]
-    return curve([Line(run.color, *line) for run, line in zip(runs, unzipped, strict=True)], name=key)
+    points = ([(row["step"], row[key]) for row in run.metrics if row.get(key) is not None] for run in runs)
+    return curve([(run.color, line) for run, line in zip(runs, points, strict=True)], name=key)
 
 
 # Confidences ---------------------------------------------------------------------------------------------------------
@@ -177,26 +116,34 @@ def _curve(runs: list[Run], key: str) -> str:
 
 def _confidences(runs: list[Run]) -> list[str]:
     """A section with a histogram per teacher; none when no run remembers confidences."""
-    missing = _missing([run for run in runs if run.confidences is None], OBJECTIVE, "kd-accel train CONFIG.yaml")
     teachers = sorted({teacher for run in runs for teacher in run.confidences or {}})
-    figures = "".join(_histogram(teacher, runs) for teacher in teachers)
-    if not (missing or figures):
-        return []
-    return [_section("Confidences of the samples", f"{missing}<div class=curves>{figures}</div>")]
+    unreadable = ", ".join(html.escape(run.name) for run in runs if run.confidences is None)
+    content = (
+        f"<p class=note>No readable <code>{OBJECTIVE}</code> in the newest checkpoint of {unreadable}: "
+        "<code>kd-accel train CONFIG.yaml</code> writes it.</p>"
+        if unreadable
+        else ""
+    )
+    if teachers:
+        content += f"<div class=curves>{''.join(_confidence(runs, teacher) for teacher in teachers)}</div>"
+    return [_section("Confidence of the teacher", content)] if content else []
 
 
-def _histogram(teacher: str, runs: list[Run]) -> str:
-    """The samples that training has seen, by the teacher's probability of the right partner when it last saw them."""
+def _confidence(runs: list[Run], teacher: str) -> str:
+    """How many samples the teacher is how sure of: its probability of the right partner when each was last seen."""
     known = [(run, run.confidences[teacher]) for run in runs if teacher in (run.confidences or {})]
-    seen = [(run, alpha[~np.isnan(alpha)], len(alpha)) for run, alpha in known]
-    svg = histogram([(run.color, alpha) for run, alpha, _ in seen], name=f"confidences {teacher}")
-    lines = "".join(f"<br>{html.escape(run.name)}: {_seen(alpha, total)}" for run, alpha, total in seen)
-    return f"<figure>{svg}<figcaption>{html.escape(teacher)}{lines}</figcaption></figure>"
+    seen = [(run.color, alpha[~np.isnan(alpha)]) for run, alpha in known]
+    counts = (
+        f"{html.escape(run.name)}: {_seen(values, len(alpha))}"
+        for (run, alpha), (_, values) in zip(known, seen, strict=True)
+    )
+    caption = "<br>".join([html.escape(teacher), *counts])
+    return f"<figure>{histogram(seen, name=f'confidence {teacher}')}<figcaption>{caption}</figcaption></figure>"
 
 
-def _seen(alpha: np.ndarray, total: int) -> str:
-    mean = f", mean {alpha.mean(dtype=np.float64):.4f}" if len(alpha) else ""
-    return f"{len(alpha):,} of {total:,} samples seen{mean}"
+def _seen(values: np.ndarray, total: int) -> str:
+    mean = f", mean {values.mean(dtype=np.float64):.3g}" if len(values) else ""
+    return f"{len(values):,} of {total:,} samples seen{mean}"
 
 
 # Tables -------------------------------------------------------------------------------------------------------------

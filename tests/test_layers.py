@@ -20,7 +20,7 @@ LAYERS = (
     ("memory", "models", "data"),
     ("objective own_optimizer chunks temperature bindings recall fit",),
     ("launch engine optim metrics checkpoint episodes evals",),
-    ("train", "evals.suite", "report"),
+    ("train", "evals.suite", "report pictures runs"),
     ("demo",),  # runs the other verbs
     ("cli __main__",),
 )

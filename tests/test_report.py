@@ -7,14 +7,21 @@ import re
 import sys
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
+import torch
+from safetensors import torch as torch_file
+from safetensors.numpy import save_file
 
-from kd_accel.config import ReportConfig
+from kd_accel.config import ObjectiveConfig, ReportConfig
 from kd_accel.metrics import read_rows
+from kd_accel.objective import Objective
 from kd_accel.report import run, write_report
-from kd_accel.schema import ConfigError
+from kd_accel.schema import ConfigError, validate
+from kd_accel.types import TeacherSpec
 
 pytest.importorskip("matplotlib", reason="the report needs the extra 'report'")
+CONFIDENCE = "Confidence of the teacher"
 VOID = {"meta", "br", "link", "img", "input", "hr"}
 
 
@@ -68,6 +75,21 @@ def make_run(folder, *, results=(), lr=1e-3, term="clip", steps=(1, 2, 3)):
     return folder
 
 
+def add_checkpoint(folder, *, step=3, **confidences):
+    """A checkpoint as kd-accel train writes it, of which the report reads two files: teacher -> alpha by sample id."""
+    state = folder / f"checkpoints/step_{step:08d}/state"
+    state.mkdir(parents=True)
+    remembered = {f"confidences.{teacher}.alpha": np.float32(alpha) for teacher, alpha in confidences.items()}
+    save_file({"log_scale": np.float32([2.66]), **remembered}, state / "objective.safetensors")
+    (state / "progress.json").write_text("{}")
+    (folder / "checkpoints/latest").write_text(state.parent.name)
+    return state / "objective.safetensors"
+
+
+def confidence_section(text: str) -> str:
+    return re.search(rf"<section><h2>{CONFIDENCE}.*?</section>", text, flags=re.DOTALL).group()
+
+
 def report(tmp_path, *runs) -> tuple[Page, str]:
     text = write_report(list(runs), tmp_path / "report.html").read_text()
     return Page(text), text
@@ -94,6 +116,87 @@ def test_every_logged_number_has_a_curve(tmp_path):
     colors = re.findall(r'<i style="background:(#\w+)">', text)
     assert [color in panels["loss"] for color in colors] == [True, True]
     assert [color in panels["loss/kl"] for color in colors] == [False, True]
+
+
+def test_confidences_of_the_seen_samples_are_counted(tmp_path):
+    """A histogram per teacher, an outline per run that knows it; samples that were never seen do not count."""
+    first, second = make_run(tmp_path / "a"), make_run(tmp_path / "b")
+    some, all_seen = [0.25, np.nan, 0.75, np.nan], [0.125, 0.375]
+    add_checkpoint(first, small=some, large=some)
+    add_checkpoint(second, large=all_seen)
+    _, text = report(tmp_path, first, second)
+    section, colors = confidence_section(text), re.findall(r'<i style="background:(#\w+)">', text)
+    assert re.findall(r"<figcaption>(.*?)</figcaption>", section) == [
+        f"large<br>a: 2 of 4 samples seen, mean {np.nanmean(some)}<br>b: 2 of 2 samples seen, mean {np.mean(all_seen)}",
+        f"small<br>a: 2 of 4 samples seen, mean {np.nanmean(some)}",
+    ]
+    panels = re.findall(r"<svg.*?</svg>", section, flags=re.DOTALL)
+    assert [[color in panel for color in colors] for panel in panels] == [[True, True], [True, False]]
+
+
+def test_a_histogram_shows_where_the_confidences_lie(tmp_path):
+    """Samples of two confidences make two bars as high as their shares, 1 to 3, at the bins of 0..1 they fall in."""
+    folder = make_run(tmp_path / "a")
+    add_checkpoint(folder, teacher=[0.1, 0.9, 0.9, 0.9])
+    _, text = report(tmp_path, folder)
+    color = re.search(r'<i style="background:(#\w+)">', text).group(1)
+    outline = re.search(rf'<path d="([^"]*)"[^>]*style="[^"]*{color}', confidence_section(text)).group(1)
+    points = np.array([[float(n) for n in point.split()] for point in re.findall(r"[ML] ([-\d. ]+)", outline)])
+    x, height = points[:, 0], points[:, 1].max() - points[:, 1]
+    (low, high) = (height[(x - x[0]) / (x[-1] - x[0]) < middle].max() for middle in (0.5, 1.0))
+    np.testing.assert_allclose(high / low, 3, rtol=1e-3)
+    np.testing.assert_allclose((x[height == high].mean() - x[0]) / (x[-1] - x[0]), 0.9, atol=1 / 40)
+
+
+def test_the_newest_checkpoint_is_the_one_that_is_shown(tmp_path):
+    folder = make_run(tmp_path / "a")
+    add_checkpoint(folder, step=2, teacher=[0.25, np.nan])
+    add_checkpoint(folder, step=3, teacher=[0.25, 0.75])
+    assert "2 of 2 samples seen, mean 0.5<" in report(tmp_path, folder)[1]
+
+
+def test_what_the_objective_remembers_is_what_is_shown(tmp_path):
+    """The names in the file are the objective's own."""
+    config = validate(ObjectiveConfig, {"terms": {"kl": {"kind": "logit_kl", "confidence": True}}})
+    objective = Objective(config, teachers={"big": TeacherSpec(embed_dim=4, logit_scale=100.0)}, num_ids=5)
+    objective.confidences["big"].write(torch.tensor([1, 3]), {"alpha": torch.tensor([0.25, 0.75])})
+    folder = make_run(tmp_path / "a")
+    torch_file.save_file(objective.state(), add_checkpoint(folder))
+    assert "big<br>a: 2 of 5 samples seen, mean 0.5<" in report(tmp_path, folder)[1]
+
+
+def test_a_memory_that_saw_nothing_has_no_mean(tmp_path):
+    """A checkpoint from before the first step is not a reason to stop."""
+    folder = make_run(tmp_path / "a")
+    add_checkpoint(folder, teacher=[np.nan, np.nan])
+    assert "<br>a: 0 of 2 samples seen</figcaption>" in report(tmp_path, folder)[1]
+
+
+def test_runs_without_confidences_have_no_section_for_them(tmp_path):
+    """Neither a run without a checkpoint, nor one whose terms weigh no samples."""
+    plain, saved = make_run(tmp_path / "a"), make_run(tmp_path / "b")
+    add_checkpoint(saved)
+    assert CONFIDENCE not in report(tmp_path, plain, saved)[1]
+
+
+@pytest.mark.parametrize("how", ["gone", "cut short", "something else"])
+def test_a_checkpoint_that_cannot_be_read_is_named(how, tmp_path):
+    """The report goes on with the other run, and says which run lacks what."""
+    whole, damaged = make_run(tmp_path / "whole"), make_run(tmp_path / "damaged")
+    add_checkpoint(whole, teacher=[0.25, 0.75])
+    file = add_checkpoint(damaged, teacher=[0.25, 0.75])
+    match how:
+        case "gone":
+            file.unlink()
+        case "cut short":
+            file.write_bytes(file.read_bytes()[:-1])
+        case "something else":
+            file.write_text("{}")
+    _, text = report(tmp_path, whole, damaged)
+    section = confidence_section(text)
+    assert "No readable <code>state/objective.safetensors</code> in the newest checkpoint of damaged:" in section
+    assert "whole: 2 of 2 samples seen" in section
+    assert "damaged: 2 of 2" not in section
 
 
 def test_the_newest_result_of_a_step_counts_and_the_best_is_bold(tmp_path):
@@ -131,9 +234,10 @@ def test_text_of_the_runs_is_escaped(tmp_path):
     folder = make_run(tmp_path / "a", term=evil, results=[result(1, 0.5, dataset=evil)])
     (folder / "config.yaml").write_text(f"name: '{evil}'\n")
     (folder / "environment.json").write_text(json.dumps({evil: evil}))
+    add_checkpoint(folder, **{evil: [0.5]})
     page, text = report(tmp_path, folder)
     assert "<script" not in text
-    assert page.text.count(evil) >= 4  # curve, result, config, environment: shown as text
+    assert page.text.count(evil) >= 5  # curve, result, confidence, config, environment: shown as text
 
 
 def test_an_empty_run_says_what_is_missing_and_what_makes_it(tmp_path):
@@ -165,6 +269,7 @@ def test_runs_of_one_name_are_told_apart(tmp_path):
 def test_the_same_runs_give_the_same_bytes(tmp_path):
     """No date and no random id is in the page."""
     folder = make_run(tmp_path / "a", results=[result(3, 0.5)])
+    add_checkpoint(folder, teacher=[0.5])
     assert report(tmp_path, folder)[1] == report(tmp_path, folder)[1]
 
 

@@ -18,7 +18,7 @@ def cluster_means(features: Float[Tensor, "E d"], labels: Int[Tensor, "E"], clus
     Prototype back-translation (ProtoCLIP, arXiv 2206.10996, sec. 3.2): features of one modality, clusters of another.
     """
     belongs = labels >= 0
-    features, labels = features[belongs], labels[belongs].long()
+    features, labels = features[belongs], labels[belongs]
     sums = features.new_zeros(clusters, features.shape[1]).index_add_(0, labels, features)
     counts = torch.bincount(labels, minlength=clusters).clamp(min=1)
     return sums / counts[:, None]

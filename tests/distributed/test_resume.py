@@ -15,7 +15,18 @@ from safetensors.torch import load_file
 
 pytestmark = pytest.mark.distributed
 
-STEPS, SAVE_EVERY = 14, 3
+STEPS, SAVE_EVERY = 14, 3  # of 5 per epoch: every sample is met again
+TERMS = [  # with all that can be learned and remembered beside the weights
+    "clip: {kind: clip}",
+    "feature: {kind: feature_mse, confidence: true}",
+    "kl: {kind: logit_kl}",
+    "icl: {kind: interactive_contrastive, scale: own}",
+    "fusion: {kind: augmented_feature}",
+    "gcl: {kind: global_contrastive, variant: v2, gamma: 0.6}",
+    "tempnet: {kind: global_contrastive, gamma: 0.6, temperature: network, network: {prototypes: 5, lr: 0.01}}",
+    "queue: {kind: compress, queues: 2q, queue_size: 13, temperature: 0.5}",
+    "dino: {kind: dino, teacher_temperature: 0.5}",
+]
 TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 
 
@@ -36,7 +47,7 @@ def command(launcher: list[str], folder, shards, teacher, name: str, *extra: str
         f"data={{shards: {shards}, global_batch_size: 8, num_workers: 1, augment: {{scale: [0.5, 1.0]}}}}",
         f"student.arch={{embed_dim: 8, vision_cfg: {vision}, text_cfg: {text}}}", "student.projector=linear",
         f"teacher.path={teacher}",
-        "objective.terms={clip: {kind: clip}, feature: {kind: feature_mse, confidence: true}, kl: {kind: logit_kl}}",
+        f"objective.terms={{{', '.join(TERMS)}}}",
         f"optim={{lr: 0.01, steps: {STEPS}, warmup_steps: 2}}",
         f"save.every_steps={SAVE_EVERY}", "log.every_steps=1", *extra,
     ]  # fmt: skip

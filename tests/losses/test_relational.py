@@ -70,7 +70,8 @@ def test_rkd_distance_is_its_definition():
     rows, targets = _randn(5, 4), _randn(5, 7)
     ours, theirs = _slow_distances(rows), _slow_distances(targets)
     slow = sum(_smooth_l1(ours[pair] - theirs[pair]) for pair in ours) / 5**2
-    torch.testing.assert_close(relational.rkd_distance(rows, targets).item(), slow)
+    # tight: the floor under a sample's distance to itself is 1e-6, and must not count
+    torch.testing.assert_close(relational.rkd_distance(rows, targets).item(), slow, rtol=1e-10, atol=0)
 
 
 def _slow_angle(rows: torch.Tensor, i: int, j: int, k: int) -> float:
@@ -129,7 +130,7 @@ def test_two_samples_that_coincide_pull_no_harder_than_others(formula, dtype):
 
     The floor of F.normalize would make it 1e12 times as large.
     """
-    rows, targets = _unit(6).to(dtype), _unit(6).to(dtype)
+    rows, targets = (16 * _unit(6)).round().to(dtype) / 16, _unit(6).to(dtype)  # no rounding: exactly 0 apart
     (usual,) = torch.autograd.grad(formula(rows.requires_grad_(), targets), rows)
     twice = rows.detach()[[0, 0, 2, 3, 4, 5]].requires_grad_()
     loss = formula(twice, targets)
@@ -170,9 +171,8 @@ def test_vicreg_is_its_definition():
 
 def test_vicregs_invariance_is_all_there_is_between_the_sides():
     """A student that equals its teacher pays nothing for it; it still pays for a dimension that says nothing."""
-    targets = _randn(6, 4)
+    collapsed, targets = torch.zeros(6, 4, dtype=torch.float64), _randn(6, 4)
     assert relational.vicreg(targets, targets, 1.0, 0.0, 0.0) == 0
-    collapsed = torch.zeros(6, 4, dtype=torch.float64)
     torch.testing.assert_close(relational.vicreg(collapsed, collapsed, 0.0, 1.0, 0.0).item(), 1 - math.sqrt(1e-4))
 
 
@@ -222,11 +222,6 @@ def test_barlow_of_uncorrelated_dimensions_is_nothing():
 # Gradients of InfoNCE -------------------------------------------------------------------------------------------------
 
 
-def _student() -> tuple[torch.Tensor, ...]:
-    """Image and text of the student, then of the teacher."""
-    return _unit(5), _unit(5), _unit(5), _unit(5)
-
-
 def _autograd_gradients(image: torch.Tensor, text: torch.Tensor, scale: float) -> list[torch.Tensor]:
     """d InfoNCE / d image and d text, of either direction."""
     gradients = []
@@ -239,7 +234,7 @@ def _autograd_gradients(image: torch.Tensor, text: torch.Tensor, scale: float) -
 
 def test_gradient_distance_is_its_definition():
     """Mean squared differences of what autograd gives for the student's InfoNCE and for the teacher's, added up."""
-    image, text, t_image, t_text = _student()
+    image, text, t_image, t_text = (_unit(5) for _ in range(4))
     ours, theirs = _autograd_gradients(image, text, SCALE), _autograd_gradients(t_image, t_text, TEACHER_SCALE)
     slow = sum((our - their).square().mean() for our, their in zip(ours, theirs, strict=True))
     actual = relational.gradient_distance(image, text, t_image, t_text, SCALE, TEACHER_SCALE)
@@ -248,7 +243,7 @@ def test_gradient_distance_is_its_definition():
 
 def test_gradient_of_gradients_is_that_of_finite_differences():
     """By the student's features and by its scale."""
-    image, text, t_image, t_text = _student()
+    image, text, t_image, t_text = (_unit(5) for _ in range(4))
     scale = torch.tensor(SCALE, dtype=torch.float64)
 
     def loss(image, text, scale):
@@ -259,7 +254,7 @@ def test_gradient_of_gradients_is_that_of_finite_differences():
 
 def test_the_two_towers_may_be_swapped():
     """Both directions count alike."""
-    image, text, t_image, t_text = _student()
+    image, text, t_image, t_text = (_unit(5) for _ in range(4))
     swapped = relational.gradient_distance(text, image, t_text, t_image, SCALE, TEACHER_SCALE)
     torch.testing.assert_close(
         swapped, relational.gradient_distance(image, text, t_image, t_text, SCALE, TEACHER_SCALE)
