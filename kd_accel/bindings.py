@@ -14,6 +14,7 @@ from kd_accel import terms
 from kd_accel.chunks import CONTRASTED, Chunk, Step, mean
 from kd_accel.losses import contrastive, distillation, embedding, relational
 from kd_accel.schedules import Progress, value_at
+from kd_accel.schema import LocalError
 
 
 def student_columns(term: terms.Term, leaves: dict[str, Tensor]) -> set[str]:
@@ -82,9 +83,15 @@ def _label_ce(term: terms.LabelCE, chunk: Chunk, classes: Tensor | None) -> Tens
         logits = chunk.leaves["raw.class_logits"]
     else:
         logits = contrastive.similarity_logits(chunk.unit("image"), classes, term.scale)
+    labels = chunk.step.labels[chunk.rows]
+    if labels.max() >= logits.shape[1]:
+        raise LocalError(
+            f"data.label: a sample has the class number {labels.max().item()}, but label_ce knows {logits.shape[1]}"
+            " classes, from 0 on: fix the labels, or give all classes (classes, student.num_classes)"
+        )
     if term.reference:
         logits = logits.softmax(dim=1)
-    return F.cross_entropy(logits, chunk.step.labels[chunk.rows], reduction="none")
+    return F.cross_entropy(logits, labels, reduction="none")
 
 
 def _feature_mse(term: terms.FeatureMSE | terms.MaskedFeatureMSE, chunk: Chunk) -> Tensor:

@@ -34,7 +34,7 @@ LATEST = "latest"
 # Sections and keys that decide what is learned: a resumed run may not change them.
 FIXED = ("seed", "student", "teacher", "teachers", "objective", "data")
 FREE = ("data.num_workers", "data.max_bad_fraction", "data.batch_size", "data.global_batch_size")
-FREE += ("objective.chunk_rows", "student.grad_checkpointing")
+FREE += ("objective.chunk_rows", "student.grad_checkpointing", "teacher.placement")
 
 
 @dataclass
@@ -148,7 +148,7 @@ def check_config(checkpoint: Path, config: TrainConfig, *, global_batch: int) ->
     old = flat(load(TrainConfig, [checkpoint / "state" / "config.yaml"]).model_dump(mode="json"))
     new = flat(config.model_dump(mode="json"))
     changed = [key for key in old | new if old.get(key) != new.get(key) and key not in ("resume", "name", "output_dir")]
-    fixed = [key for key in changed if key.split(".")[0] in FIXED and key not in FREE and "placement" not in key]
+    fixed = [key for key in changed if key.split(".")[0] in FIXED and not _is_free(key)]
     lines = [f"{key}: the checkpoint has {old.get(key)!r}, the config {new.get(key)!r}" for key in fixed]
     if (before := _read_progress(checkpoint).global_batch) != global_batch:
         lines.append(f"data.global_batch_size: the checkpoint has {before}, this launch makes {global_batch}")
@@ -157,6 +157,10 @@ def check_config(checkpoint: Path, config: TrainConfig, *, global_batch: int) ->
             "\n".join([*lines, f"{checkpoint} was trained otherwise: give its values back, or name=OTHER"])
         )
     return [f"{key}: {old.get(key)} -> {new.get(key)}" for key in changed]
+
+
+def _is_free(key: str) -> bool:
+    return key in FREE or re.fullmatch(r"teachers\.\w+\.placement", key) is not None
 
 
 def _write_state(folder: Path, weights, memory: OptimizerState, objective, state: TrainState, config) -> None:

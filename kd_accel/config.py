@@ -42,8 +42,8 @@ class TrainConfig(Schema):
     student: StudentConfig
     teacher: TeacherConfig | None = None
     """null trains the student without distillation."""
-    teachers: dict[str, TeacherConfig] = {}
-    """Several teachers by name, instead of teacher; every term then names its own."""
+    teachers: dict[str, TeacherConfig | None] = {}
+    """Several teachers by name, instead of teacher; every term then names its own. null drops one of a base file."""
     objective: ObjectiveConfig
     optim: OptimConfig
     save: SaveConfig = SaveConfig()
@@ -55,7 +55,7 @@ class TrainConfig(Schema):
         for name in value:
             if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or name == "student":
                 raise ValueError(f"'{name}' cannot name a teacher: small letters, digits and _, and not 'student'")
-        return value
+        return {name: teacher for name, teacher in value.items() if teacher is not None}
 
     @model_validator(mode="after")
     def _teachers_fit_terms(self):

@@ -20,6 +20,9 @@ _ONE_SPACE = (  # terms that compare a student's feature with a teacher's, numbe
 )
 
 
+_SEVERAL = (terms.GlobalContrastive, terms.CosDiff, terms.RKD, terms.VICReg, terms.Barlow)  # undefined for one sample
+
+
 def check_fit(
     config: ObjectiveConfig,
     *,
@@ -54,7 +57,7 @@ def check_fit(
                     f"{key}.network.prototypes={term.network.prototypes} are taken from the first global batch, which"
                     f" has {global_batch} samples: lower it, or raise data.batch_size"
                 )
-            case terms.GlobalContrastive() if global_batch < 2:
+            case _ if global_batch < 2 and isinstance(term, _SEVERAL):
                 problems.append(f"{key} compares different samples: raise data.batch_size above {global_batch}")
     if problems:
         raise ConfigError("\n".join(problems))

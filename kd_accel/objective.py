@@ -28,6 +28,7 @@ from kd_accel.config import ObjectiveConfig
 from kd_accel.memory import SampleMemory
 from kd_accel.own_optimizer import OwnOptimizer
 from kd_accel.schedules import Progress, value_at
+from kd_accel.schema import ConfigError
 from kd_accel.temperature import block_outward, logit_scale
 from kd_accel.types import TeacherSpec
 
@@ -73,6 +74,10 @@ class Objective(nn.Module):
         """`log_scale` is what the student starts with, `widths` those of its features by name, `num_ids` the number
         of samples in the data, `class_embeddings` [C, d] by the name of the label_ce term that uses them."""
         super().__init__()
+        if taken := [name for name in config.terms if name in dir(nn.ParameterDict()) + dir(nn.ModuleDict())]:
+            raise ConfigError(
+                f"objective.terms.{taken[0]}: torch's modules have an attribute of that name: take another"
+            )
         self.config, self.teachers = config, teachers or {}
         self.max_log_scale = -math.log(config.temperature.min)
         # What is learned here, fp32, replicated.

@@ -5,6 +5,7 @@ Imports no torch: `kd-accel --help` and `kd-accel config` answer at once.
 
 from __future__ import annotations
 
+import re
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -161,6 +162,14 @@ class ObjectiveConfig(Schema):
     """Start of the learnable bias on the student's logits; siglip needs it (-10 in the paper), others ignore it."""
     chunk_rows: int = Field(256, gt=0)
     """Rows of a process that are compared with all columns at a time: memory grows with chunk_rows x global batch."""
+
+    @field_validator("terms")
+    @classmethod
+    def _names(cls, value):
+        for name in value:
+            if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", name):
+                raise ValueError(f"'{name}' cannot name a term: letters, digits, _ and -, a letter first")
+        return value
 
     @model_validator(mode="after")
     def _terms_fit(self):

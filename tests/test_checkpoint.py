@@ -11,7 +11,7 @@ import torch
 
 from kd_accel import checkpoint
 from kd_accel.config import SaveConfig, TrainConfig
-from kd_accel.schema import ConfigError, validate
+from kd_accel.schema import ConfigError, dump, validate
 
 
 @pytest.fixture
@@ -128,3 +128,38 @@ def test_random_state_round_trip():
     draw()
     checkpoint._set_random_state(state)
     assert draw() == first
+
+
+def compare(folder: Path, old: dict, new: dict) -> list[str]:
+    """What may change from a config with these sections to one with those."""
+    (folder / "state").mkdir()
+    base = config("never").model_dump()
+    (folder / "state" / "config.yaml").write_text(dump(validate(TrainConfig, base | old)))
+    (folder / "state" / "progress.json").write_text('{"global_batch": 1}')
+    return checkpoint.check_config(folder, validate(TrainConfig, base | new), global_batch=1)
+
+
+KL = {"objective": {"terms": {"kl": {"kind": "logit_kl"}}}}
+
+
+def test_a_resumed_run_may_move_its_teachers(tmp_path):
+    """Where one computes is no matter of what it says."""
+    here, there = ({"path": "t", "placement": placement} for placement in ("engine", "replicated"))
+    (tmp_path / "one").mkdir(), (tmp_path / "many").mkdir()
+    (line,) = compare(tmp_path / "one", {**KL, "teacher": here}, {**KL, "teacher": there})
+    assert line == "teacher.placement: engine -> replicated"
+    (line,) = compare(tmp_path / "many", {**KL, "teachers": {"a": here}}, {**KL, "teachers": {"a": there}})
+    assert line == "teachers.a.placement: engine -> replicated"
+
+
+def test_a_resumed_run_keeps_what_its_teachers_say(tmp_path):
+    old, new = ({**KL, "teachers": {"a": {"path": "t", "weight": weight}}} for weight in (1.0, 2.0))
+    with pytest.raises(ConfigError, match=r"teachers\.a\.weight: the checkpoint has 1\.0, the config 2\.0"):
+        compare(tmp_path, old, new)
+
+
+def test_a_term_is_not_free_by_its_name(tmp_path):
+    """One that is called replacement has placement in it, and no more freedom than others."""
+    old, new = ({"objective": {"terms": {"replacement": {"kind": "clip", "weight": w}}}} for w in (1.0, 2.0))
+    with pytest.raises(ConfigError, match=r"objective\.terms\.replacement\.weight: the checkpoint has 1\.0"):
+        compare(tmp_path, old, new)

@@ -65,9 +65,11 @@ def test_prototypes_of_a_network_come_from_one_batch():
     check(term, global_batch=17)
 
 
-def test_the_global_contrast_needs_two_samples():
+@pytest.mark.parametrize("kind", ["global_contrastive", "cos_diff", "rkd", "vicreg", "barlow"])
+def test_some_terms_need_two_samples(kind):
+    """Their formulas divide by the number of the others."""
     with pytest.raises(ConfigError, match="compares different samples: raise data.batch_size above 1"):
-        check({"kind": "global_contrastive"}, global_batch=1)
+        check({"kind": kind}, widths={"image": 12, "text": 12}, global_batch=1)
 
 
 def test_class_embeddings_of_another_width():

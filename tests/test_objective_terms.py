@@ -246,3 +246,17 @@ def test_a_feature_that_is_not_a_number():
     with pytest.raises(FloatingPointError, match=r"loss/gcl_v3.* is not finite; .*student image on rank 0"):
         every_term.call(objective, given, LATER)
     torch.testing.assert_close(objective.state(), before, rtol=0, atol=0)
+
+
+def test_a_label_beyond_the_classes():
+    """It is named before a lookup goes wrong on some device."""
+    objective, given = every_term.objective(["label_head"]), every_term.features()
+    given["labels"][2] = every_term.C
+    with pytest.raises(ConfigError, match=rf"class number {every_term.C}, but label_ce knows {every_term.C} classes"):
+        every_term.call(objective, given, LATER)
+
+
+@pytest.mark.parametrize("name", ["train", "keys", "forward"])
+def test_a_term_named_like_torchs_own(name):
+    with pytest.raises(ConfigError, match=rf"objective.terms.{name}: torch's modules have an attribute of that name"):
+        Objective(every_term.build({name: {"kind": "clip"}}))

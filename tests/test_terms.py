@@ -10,6 +10,8 @@ from kd_accel.schema import ConfigError, validate
 ONE = {"teacher": {"path": "t"}}
 TWO = {"teachers": {"large": {"path": "l"}, "small": {"path": "s"}}}
 CLIP = {"kind": "clip"}
+STORED = {"kind": "label_ce", "classes": "stored.safetensors"}
+LABELLED = {"data": {"shards": "d", "batch_size": 8, "label": "cls"}}
 
 
 def config(terms: dict, **values) -> TrainConfig:
@@ -42,9 +44,17 @@ def test_terms_name_one_of_several():
         (
             {"kl": {"kind": "logit_kl", "teacher": "small"}},
             TWO,
-            r"large is given but no term .* uses it",
+            r"teachers.large is given but no term .* or set teachers.large=null",
         ),
-        ({"clip": CLIP}, ONE, r"teacher is given but no term of objective.terms uses it"),
+        ({"clip": CLIP}, ONE, r"teacher is given but no term of objective.terms uses it: .* or set teacher=null"),
+        ({"label": STORED | {"teacher": "small"}}, TWO | LABELLED, r"teachers.large is given but no term"),
+        (
+            {"dr": {"kind": "mobileclip", "teachers": ["large", "large"]}},
+            TWO,
+            r"a teacher stands in the ensemble twice",
+        ),
+        ({"dr": {"kind": "mobileclip", "confidence": True}}, TWO, r"objective.terms.dr.confidence: should be .*False"),
+        ({"a.b": CLIP}, {}, r"'a.b' cannot name a term"),
         ({"clip": CLIP}, ONE | TWO, r"give either teacher or teachers"),
         ({"clip": CLIP}, {"teachers": {"student": {"path": "x"}}}, r"'student' cannot name a teacher"),
         ({"clip": CLIP}, {"teachers": {"A.b": {"path": "x"}}}, r"'A.b' cannot name a teacher"),
@@ -53,6 +63,12 @@ def test_terms_name_one_of_several():
 def test_what_does_not_fit(terms, values, message):
     with pytest.raises(ConfigError, match=message):
         config(terms, **values)
+
+
+def test_a_teacher_of_a_base_file_can_be_dropped():
+    """null, as for terms and sections."""
+    two = {"teachers": TWO["teachers"] | {"small": None}}
+    assert list(teachers_of(config({"kl": {"kind": "logit_kl"}}, **two))) == ["large"]
 
 
 def test_prototypes_are_the_students_own_unless_told():
@@ -64,12 +80,11 @@ def test_prototypes_are_the_students_own_unless_told():
 def test_only_class_names_need_a_teacher(classes, needed):
     """Somebody has to embed them."""
     label = {"label": {"kind": "label_ce", "classes": classes}}
-    data = {"data": {"shards": "d", "batch_size": 8, "label": "cls"}}
     if needed:
         with pytest.raises(ConfigError, match="objective.terms.label needs a teacher"):
-            config(label, **data)
+            config(label, **LABELLED)
     else:
-        config(label, **data)
+        config(label, **LABELLED)
 
 
 def test_labels_have_to_come_from_somewhere():

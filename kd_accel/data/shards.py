@@ -10,6 +10,7 @@ import numpy as np
 
 from kd_accel.data.index import ShardIndex
 
+MAX_LABEL_DIGITS = 18  # what surely fits into int64
 MAX_OPEN = 64  # shards per process; thousands of shards would run into the limit on open files
 
 
@@ -58,7 +59,7 @@ class ShardReader:
 
     def _label(self, sample_id: int) -> int:
         text = self._member(sample_id, 2, "label").decode("ascii", "replace").strip()
-        if not text.isdecimal():
+        if not text.isdecimal() or len(text) > MAX_LABEL_DIGITS:
             raise BadSample(f"label is not a whole number: {text[:20]!r}")
         return int(text)
 

@@ -19,7 +19,7 @@ def soft_cross_entropy(target_logits: Float[Tensor, "b B"], logits: Float[Tensor
 
 
 def kl_divergence(target_logits: Float[Tensor, "b B"], logits: Float[Tensor, "b B"]) -> Float[Tensor, "b"]:
-    """KL(softmax(target) || softmax(logits)) of each row (CRD of CLIP-KD, arXiv 2307.12732, eq. 5).
+    """KL(softmax(target) || softmax(logits)) of each row (CRD of CLIP-KD, arXiv 2307.12732).
 
     The soft cross entropy less the target's entropy: same gradient, and zero when both agree.
     """
@@ -27,7 +27,7 @@ def kl_divergence(target_logits: Float[Tensor, "b B"], logits: Float[Tensor, "b 
 
 
 def squared_distance(rows: Float[Tensor, "b d"], targets: Float[Tensor, "b d"]) -> Float[Tensor, "b"]:
-    """||row_i - target_i||^2 of each row (FD of CLIP-KD, eq. 6, is its mean over d)."""
+    """||row_i - target_i||^2 of each row (FD of CLIP-KD is its mean over d)."""
     return (rows - targets).square().sum(dim=1)
 
 

@@ -59,7 +59,7 @@ def centered_cross_entropy(
 def prototype_cpc(
     rows: Rows, targets: Rows, prior: Float[Tensor, "d"], student_temperature: float, teacher_temperature: float
 ) -> PerRow:
-    """-sum_k q_k row_k / t_s + log sum_k prior_k exp(row_k / t_s), q = softmax(target / t_t) (ProtoCPC, seed 003).
+    """-sum_k q_k row_k / t_s + log sum_k prior_k exp(row_k / t_s), q = softmax(target / t_t) (ProtoCPC of ProtoRKD).
 
     The prior is the caller's: the running mean of d times the batch mean of q, this batch included; it starts at 1.
     """

@@ -6,7 +6,7 @@ For sample i and one direction, z_ij = s_ij / tau_i:
     u_i <- (1 - gamma) u_i + gamma g_i        remembered
     tau_i (log(eps + u_i) + rho)              minimised, with the gradient of g_i / (eps + u_i) for that of log u_i
 
-(SogCLR, arXiv 2202.12387, alg. 1; iSogCLR, 2305.11965, eq. 6; FastCLIP, 2407.01445, eq. 5 to 7). The papers keep u;
+(SogCLR, arXiv 2202.12387, alg. 1; iSogCLR, 2305.11965; FastCLIP, 2407.01445). The papers keep u;
 its logarithm is the same mathematics and neither overflows at tau = 0.01 nor underflows for a well-aligned pair.
 """
 

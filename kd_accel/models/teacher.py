@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from kd_accel.config import TeacherConfig
 from kd_accel.models.release import read_release, resolve_release
 from kd_accel.models.towers import build_open_clip, encode_image
+from kd_accel.schema import ConfigError
 from kd_accel.types import TeacherSpec
 
 
@@ -30,12 +31,15 @@ class Teacher(nn.Module):
         Raises ConfigError when the model or its weights are not to be had.
         """
         super().__init__()
+        key = name if name == "teacher" else f"teachers.{name}"
+        if name in dir(nn.ModuleDict()):
+            raise ConfigError(f"{key}: torch's modules have an attribute of that name: give the teacher another")
         with torch.random.fork_rng(devices=[]):
             if config.path is not None:
                 self.clip, self.contract, model_cfg, scale = read_release(resolve_release(config.path))
             else:
                 self.clip, self.contract, model_cfg, scale = build_open_clip(
-                    config.arch, pretrained=config.pretrained, preprocess=None, name=name
+                    config.arch, pretrained=config.pretrained, preprocess=None, name=key
                 )
         self.embed_dim: int = model_cfg["embed_dim"]
         self.logit_scale = 1 / config.temperature if config.temperature else math.exp(scale.log_scale)

@@ -19,7 +19,7 @@ class Clip(Term):
 
 
 class HardLabel(Term):
-    """InfoNCE on cosines at a fixed temperature, 1 in DistillCLIP (its `hard_label`; seed 001's successor)."""
+    """InfoNCE on cosines at a fixed temperature, 1 in DistillCLIP (its `hard_label`)."""
 
     columns: ClassVar[tuple[str, ...]] = ("student",)
     kind: Literal["hard_label"] = "hard_label"
@@ -89,7 +89,7 @@ class GlobalContrastive(Term):
 
     mean_i of tau_i (log(eps + u_i) + rho), averaged over both directions, where u_i follows
     g_i = mean_{j != i} exp((s_ij - s_ii) / tau_i) by u <- (1 - gamma) u + gamma g
-    (SogCLR, arXiv 2202.12387, alg. 1; iSogCLR, 2305.11965, eq. 6; FastCLIP, 2407.01445, eq. 5 to 7).
+    (SogCLR, arXiv 2202.12387, alg. 1; iSogCLR, 2305.11965; GCL, RGCL and RGCL-g of FastCLIP, 2407.01445).
     """
 
     columns: ClassVar[tuple[str, ...]] = ("student",)
@@ -155,4 +155,4 @@ class LabelCE(Term):
     scale: float = Field(100.0, gt=0)
     """Of the cosines."""
     reference: bool = False
-    """true: cross entropy of the probabilities, a softmax too many, as in clip-distillation (seed 002)."""
+    """true: cross entropy of the probabilities, a softmax too many, as in clip-distillation."""

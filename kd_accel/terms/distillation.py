@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from kd_accel.terms.base import DistillationTerm, WholeBatchTerm
 
@@ -37,7 +37,7 @@ class Affinity(_LogitTerm):
 
 
 class MobileClip(DistillationTerm):
-    """Soft cross entropy against the mean distribution of several teachers (MobileCLIP, arXiv 2311.17049, eq. 3).
+    """Soft cross entropy against the mean distribution of several teachers (MobileCLIP, arXiv 2311.17049, sec. 3.2).
 
     The teachers' distributions are averaged after the softmax, by their weights, each at its own temperature.
     """
@@ -48,6 +48,15 @@ class MobileClip(DistillationTerm):
     """Names of the teachers in the ensemble; null: all of them."""
     teacher: None = None
     """Not used: see teachers."""
+    confidence: Literal[False] = False
+    """Not used: an ensemble has no single teacher whose confidence could weigh a sample."""
+
+    @field_validator("teachers")
+    @classmethod
+    def _each_once(cls, value):
+        if value is not None and len(set(value)) < len(value):
+            raise ValueError("a teacher stands in the ensemble twice: raise its weight instead")
+        return value
 
 
 class SoftLabel(DistillationTerm):
@@ -84,7 +93,7 @@ class CrossTerm(DistillationTerm):
 
 
 class InteractiveContrastive(CrossTerm):
-    """InfoNCE of student images against teacher captions, and the reverse (ICL of CLIP-KD, arXiv 2307.12732, eq. 9)."""
+    """InfoNCE of student images against teacher captions, and the reverse (ICL of CLIP-KD, arXiv 2307.12732)."""
 
     kind: Literal["interactive_contrastive"] = "interactive_contrastive"
 

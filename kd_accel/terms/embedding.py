@@ -16,7 +16,7 @@ class _FeatureMSE(DistillationTerm):
 
 
 class FeatureMSE(_FeatureMSE):
-    """Squared distance of unit student and teacher features of a sample (FD of CLIP-KD, arXiv 2307.12732, eq. 6)."""
+    """Squared distance of unit student and teacher features of a sample (FD of CLIP-KD, arXiv 2307.12732)."""
 
     kind: Literal["feature_mse"] = "feature_mse"
 
@@ -34,7 +34,7 @@ class MaskedFeatureMSE(_FeatureMSE):
 
 
 class AugmentedFeature(DistillationTerm):
-    """InfoNCE of fused features, normalise(W [student; teacher] + b) of each tower (AFD of CLIP-KD, eq. 11).
+    """InfoNCE of fused features, normalise(W [student; teacher] + b) of each tower (AFD of CLIP-KD).
 
     The fusion layer has the student's width and is learned in the objective, with the towers' learning rate.
     """
@@ -45,19 +45,19 @@ class AugmentedFeature(DistillationTerm):
 
 
 class EmbeddingMSE(Matched, DistillationTerm):
-    """Squared distance of raw embeddings, mean over the embedding (clip-distillation, seed 002)."""
+    """Squared distance of raw embeddings, mean over the embedding (clip-distillation)."""
 
     kind: Literal["embedding_mse"] = "embedding_mse"
 
 
 class EmbeddingL1(Matched, DistillationTerm):
-    """Absolute distance of raw embeddings, mean over the embedding (seeds 001 and 002)."""
+    """Absolute distance of raw embeddings, mean over the embedding (ImageSearchLightningCLIP, clip-distillation)."""
 
     kind: Literal["embedding_l1"] = "embedding_l1"
 
 
 class EmbeddingHuber(Matched, DistillationTerm):
-    """Huber distance of raw embeddings, mean over the embedding (seed 002)."""
+    """Huber distance of raw embeddings, mean over the embedding (clip-distillation)."""
 
     kind: Literal["embedding_huber"] = "embedding_huber"
     delta: float = Field(1.0, gt=0)
@@ -65,7 +65,7 @@ class EmbeddingHuber(Matched, DistillationTerm):
 
 
 class EmbeddingCE(Matched, DistillationTerm):
-    """Cross entropy of the softmax of raw embeddings: -sum softmax(teacher) log softmax(student) (seed 001)."""
+    """Cross entropy of the softmax of raw embeddings: -sum softmax(teacher) log softmax(student)."""
 
     kind: Literal["embedding_ce"] = "embedding_ce"
     reference: bool = False
@@ -73,11 +73,11 @@ class EmbeddingCE(Matched, DistillationTerm):
 
 
 class EmbeddingKL(Matched, DistillationTerm):
-    """t^2 KL(teacher || student) of the softmax of raw embeddings over t (seed 001)."""
+    """t^2 KL(teacher || student) of the softmax of raw embeddings over t (ImageSearchLightningCLIP)."""
 
     kind: Literal["embedding_kl"] = "embedding_kl"
     temperature: Scheduled = 4.0
-    """t, a number or a schedule; the seed has {kind: piecewise, values: [4, 2], epochs: [101]}."""
+    """t, a number or a schedule; ImageSearchLightningCLIP has {kind: piecewise, values: [4, 2], epochs: [101]}."""
     reference: bool = False
     """true: summed over the batch instead of averaged, as in DistillCLIP, so that it grows with the batch."""
 
@@ -89,7 +89,7 @@ class Cosine(Matched, DistillationTerm):
 
 
 class SimReg(Matched, DistillationTerm):
-    """Regression of unit features, mean over the embedding (SimReg, arXiv 2201.05131; seed 003's "[MSE]")."""
+    """Regression of unit features, mean over the embedding (SimReg, arXiv 2201.05131; ProtoRKD's default)."""
 
     kind: Literal["simreg"] = "simreg"
     distance: Literal["mse", "l1", "smooth_l1"] = "mse"
@@ -97,7 +97,7 @@ class SimReg(Matched, DistillationTerm):
 
 
 class Dino(Matched, DistillationTerm):
-    """Cross entropy of embeddings as logits, the teacher's centred and sharpened (DINO, arXiv 2104.14294, eq. 1, 4)."""
+    """Cross entropy of embeddings as logits, the teacher's centred and sharpened (DINO, arXiv 2104.14294, eq. 2, 4)."""
 
     kind: Literal["dino"] = "dino"
     teacher_temperature: float = Field(0.04, gt=0)
@@ -109,7 +109,7 @@ class Dino(Matched, DistillationTerm):
 
 
 class ProtoCPC(Matched, DistillationTerm):
-    """Contrast of prototypes under a running prior (ProtoCPC, sec. 3; seed 003)."""
+    """Contrast of prototypes under a running prior (ProtoCPC, as in ProtoRKD)."""
 
     kind: Literal["proto_cpc"] = "proto_cpc"
     teacher_temperature: float = Field(0.04, gt=0)

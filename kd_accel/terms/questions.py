@@ -14,9 +14,9 @@ def check_teachers(terms: dict[str, Term], names: list[str]) -> None:
     for name, term in terms.items():
         used.update(_teachers_of(f"objective.terms.{name}", term, names))
     if idle := [name for name in names if name not in used]:
+        key = "teacher" if names == ["teacher"] else f"teachers.{idle[0]}"
         raise ValueError(
-            f"{idle[0] if len(names) > 1 else 'teacher'} is given but no term of objective.terms uses it:"
-            " add one (logit_kl, ...) or drop the teacher (teacher=null)"
+            f"{key} is given but no term of objective.terms uses it: add one (logit_kl, ...) or set {key}=null"
         )
 
 
@@ -38,7 +38,8 @@ def _teachers_of(key: str, term: Term, names: list[str]) -> list[str]:
         return [_known(f"{key}.teachers", name, names) for name in term.teachers or names]
     given = getattr(term, "teacher", None)
     if given is not None:
-        return [_known(f"{key}.teacher", given, names)]
+        known = [_known(f"{key}.teacher", given, names)]
+        return known if isinstance(term, Prototype) or _needs_one(term) else []
     if isinstance(term, Prototype) or not _needs_one(term):
         return []  # the student's own clusters; a term of the student alone
     if not names:

@@ -20,7 +20,7 @@ class RKD(Matched, WholeBatchTerm):
 
 
 class Compress(Matched, DistillationTerm):
-    """KL between the similarities to a queue of earlier samples (CompRess, arXiv 2010.14713, eq. 3)."""
+    """KL between the similarities to a queue of earlier samples (CompRess, arXiv 2010.14713)."""
 
     kind: Literal["compress"] = "compress"
     queues: Literal["1q", "2q"] = "1q"
@@ -68,7 +68,7 @@ class Barlow(Matched, WholeBatchTerm):
 
 
 class Prototype(Matched, Term):
-    """Contrast with the clusters of another modality (ProtoCLIP, arXiv 2206.10996, eq. 5 to 8).
+    """Contrast with the clusters of another modality (ProtoCLIP, arXiv 2206.10996, sec. 3).
 
     An episode clusters the features of the coming samples by k-means, once per tower; a sample's target is its cluster
     in the modality it is matched with, softened by how near the clusters are to each other. Needs a student with

@@ -97,7 +97,14 @@ def test_labels_are_read_where_they_are_wanted(tmp_path, write_tar):
 
 @pytest.mark.parametrize(
     ("label", "reason"),
-    [(b"cat", "label is not a whole number: 'cat'"), (b"-1", "'-1'"), (b"", "''"), (None, "label member is missing")],
+    [
+        (b"cat", "label is not a whole number: 'cat'"),
+        (b"-1", "'-1'"),
+        (b"", "''"),
+        (b"9223372036854775808", "'9223372036854775808'"),  # 2^63: no int64
+        (b"9" * 5000, "'99999999999999999999'"),  # more digits than Python turns into a number
+        (None, "label member is missing"),
+    ],
 )
 def test_a_sample_without_a_usable_label_is_bad(tmp_path, write_tar, label, reason):
     members = {"jpg": b"1", "txt": b"t"}

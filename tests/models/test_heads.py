@@ -109,3 +109,37 @@ def test_timm_transformers_have_patches_too(view):
 def test_towers_without_patches_are_refused(student):
     with pytest.raises(ConfigError, match="masked_feature_mse needs an image tower with patches"):
         student("resnet", mask_ratio=0.5)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "prefix"),
+    [
+        ({}, 1),
+        ({"reg_tokens": 4}, 5),
+        ({"class_token": False, "global_pool": "avg"}, 0),
+        ({"class_token": False, "global_pool": "avg", "reg_tokens": 2}, 2),
+    ],
+)
+@pytest.mark.parametrize("ratio", [0.75, 0.99])
+def test_only_patches_are_dropped(tokens, prefix, ratio):
+    """Class token and registers stay in front; each sample keeps its own patches, none twice, at least one of 16."""
+    from timm.models.vision_transformer import VisionTransformer
+
+    holder = torch.nn.Module()
+    holder.trunk = VisionTransformer(img_size=32, patch_size=8, embed_dim=8, depth=1, num_heads=2, **tokens)
+    mask = PatchMask.install(holder, ratio)
+    numbered = torch.arange(prefix + 16).float().view(1, -1, 1).expand(5, -1, 1)  # every token its own place
+    with mask:
+        kept = mask(numbered)[..., 0].long()
+    assert kept[:, :prefix].tolist() == [list(range(prefix))] * 5
+    patches = [sorted(row) for row in kept[:, prefix:].tolist()]
+    assert {len(set(row)) for row in patches} == {max(1, int(16 * (1 - ratio)))}
+    assert min(row[0] for row in patches) >= prefix
+    assert len({tuple(row) for row in patches}) > 1
+
+
+def test_a_tower_that_drops_patches_in_another_way_is_refused(student, arch):
+    """timm's Eva has an empty place for a dropout that also gives indices back."""
+    eva = {"image_size": 224, "timm_model_name": "eva02_tiny_patch14_224", "timm_pool": "", "timm_proj": "linear"}
+    with pytest.raises(ConfigError, match=r"student\.arch: masked_feature_mse needs an image tower with patches"):
+        student(arch={**arch(), "vision_cfg": eva}, mask_ratio=0.75)

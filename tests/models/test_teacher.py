@@ -84,3 +84,16 @@ def test_spec_is_what_the_objective_has_to_know(release):
     assert trained.spec.logit_scale == pytest.approx(math.exp(3.0))
     assert given.spec.logit_scale == pytest.approx(50.0)
     assert (trained.spec.embed_dim, trained.spec.weight) == (trained.embed_dim, 0.5)
+
+
+@pytest.mark.parametrize(("name", "key"), [("teacher", "teacher"), ("large", "teachers.large")])
+def test_a_wrong_one_is_named_by_its_key(name, key):
+    with pytest.raises(ConfigError, match=rf"^{key}\.arch: unknown architecture"):
+        Teacher(TeacherConfig(arch="ViT-B-999", pretrained="openai"), name=name)
+
+
+@pytest.mark.parametrize("name", ["train", "keys"])
+def test_a_name_that_torch_has_taken(release, name):
+    """A module of several teachers cannot call one of them that."""
+    with pytest.raises(ConfigError, match=rf"^teachers\.{name}: .*give the teacher another"):
+        Teacher(TeacherConfig(path=str(release())), name=name)
