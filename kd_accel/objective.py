@@ -92,10 +92,8 @@ class Objective(nn.Module):
         given = {"widths": widths or {}, "teachers": self.teachers, "num_ids": num_ids, "betas": betas, "eps": eps}
         made = {name: recall.build(name, term, **given) for name, term in config.terms.items()}
         self.recall = nn.ModuleDict({name: module for name, module in made.items() if module is not None})
-        weighed = {self._teacher(term) for term in config.terms.values() if terms.confidence_of(term)}
-        self.confidences = nn.ModuleDict(
-            {name: SampleMemory(num_ids, {"alpha": math.nan}) for name in sorted(weighed) if num_ids is not None}
-        )
+        weighed = [] if num_ids is None else self._weighing()
+        self.confidences = nn.ModuleDict({name: SampleMemory(num_ids, {"alpha": math.nan}) for name in weighed})
         for name, embeddings in (class_embeddings or {}).items():
             self.register_buffer(f"classes_{name}", _fp32(embeddings), persistent=False)
         self._staged: dict[str, Tensor] | None = None  # what the last forward noted, of all ranks
@@ -205,7 +203,7 @@ class Objective(nn.Module):
         """Forward and backward of every term, chunk by chunk; each graph is gone before the next one."""
         for module in self.recall.values():
             module.prepare(step, progress)
-        for teacher in {self._teacher(t) for t in self.config.terms.values() if terms.confidence_of(t) == "sigmoid"}:
+        for teacher in self._weighing("sigmoid"):
             step.measure_hardness(teacher, self.config.chunk_rows)
         for rows in step.chunks(self.config.chunk_rows):
             self._chunk(step, rows, progress)
@@ -257,7 +255,7 @@ class Objective(nn.Module):
 
     def _note_confidences(self, chunk: Chunk) -> None:
         """For the metrics, and by sample id for whoever wants to look at them later."""
-        for teacher in {self._teacher(t) for t in self.config.terms.values() if terms.confidence_of(t)}:
+        for teacher in self._weighing():
             alpha = chunk.confidence(teacher)
             chunk.step.add("confidence" if len(self.teachers) == 1 else f"confidence/{teacher}", alpha)
             if teacher in self.confidences:
@@ -302,6 +300,12 @@ class Objective(nn.Module):
         if not isinstance(term, terms.DistillationTerm):
             return None
         return term.teacher or next(iter(self.teachers))
+
+    def _weighing(self, form: str | None = None) -> list[str]:
+        """Teachers whose confidence some term uses, in this form or in any; in one order on every rank."""
+        forms = {name: terms.confidence_of(term) for name, term in self.config.terms.items()}
+        used = [name for name, found in forms.items() if found and form in (None, found)]
+        return sorted({self._teacher(self.config.terms[name]) for name in used})
 
     def _ensemble(self, term: terms.MobileClip) -> list[str]:
         return term.teachers or list(self.teachers)

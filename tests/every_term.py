@@ -33,6 +33,7 @@ TERMS = {
     "label_prompts": {"kind": "label_ce", "classes": "prompts.safetensors", "scale": 5.0},
     "label_published": {"kind": "label_ce", "reference": True},
     "kl": {"kind": "logit_kl", "weight": 0.9, "confidence": "var_shifted"},
+    "kl_first": {"kind": "logit_kl", "teacher": "first", "confidence": "sigmoid"},
     "kl_soft": {"kind": "logit_kl", "weight": 1.1, "teacher_temperature": 0.2},
     "affinity": {"kind": "affinity", "confidence": "sigmoid"},
     "affinity_fixed": {"kind": "affinity", "temperature": 0.3, "teacher_temperature": 0.3},

@@ -10,7 +10,8 @@ import pytest
 import tiny
 
 from kd_accel.config import TrainConfig
-from kd_accel.schema import load
+from kd_accel.models.release import read_release, write_release
+from kd_accel.schema import load, validate
 from kd_accel.train import run
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -64,3 +65,39 @@ def _tiny(name: str, tmp_path, train_shards, tiny_teacher) -> list[str]:
     if name == "embedding_labels":
         overrides.append(f"objective.terms.label.classes={tmp_path}/classes.txt")
     return overrides + SMALLER[name]
+
+
+def test_siglip_on_both_sides(tmp_path, train_shards, tiny_teacher):
+    """A student on the sigmoid loss learns from a SigLIP teacher in the KD terms; rows of logits ignore its bias."""
+    runs = {}
+    for name, bias in (("with_bias", -10.0), ("without", None)):
+        model, contract, model_cfg, _ = read_release(tiny_teacher)
+        scales = {"log_scale": math.log(10), "logit_bias": bias}
+        write_release(
+            tmp_path / f"teacher_{name}", state=model.state_dict(), model_cfg=model_cfg, contract=contract, **scales
+        )
+        run(_siglip(name, tmp_path, train_shards))
+        runs[name] = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+    for ours, theirs in zip(*runs.values(), strict=True):
+        losses = {key: value for key, value in ours.items() if key.startswith(("loss", "confidence"))}
+        assert len(losses) == 2 + len(SIGLIP_TERMS)
+        assert losses == {key: theirs[key] for key in losses}
+
+
+SIGLIP_TERMS = {
+    "siglip": {"kind": "siglip"},
+    "feature": {"kind": "feature_mse", "confidence": True},
+    "kl": {"kind": "logit_kl"},
+    "affinity": {"kind": "affinity"},
+    "icl": {"kind": "interactive_contrastive"},
+    "cross": {"kind": "cross_kl"},
+    "gradient": {"kind": "gradient"},
+}
+
+
+def _siglip(name: str, tmp_path, train_shards) -> TrainConfig:
+    values = {"name": name, "output_dir": str(tmp_path), "precision": "fp32", "log": {"every_steps": 1}}
+    values |= {"data": {"shards": str(train_shards), "batch_size": 8, "num_workers": 0}}
+    values |= {"student": {"arch": tiny.arch(embed_dim=12)}, "teacher": {"path": str(tmp_path / f"teacher_{name}")}}
+    objective = {"terms": SIGLIP_TERMS, "logit_bias": -10.0, "temperature": {"init": 0.1}}
+    return validate(TrainConfig, values | {"objective": objective, "optim": {"lr": 1e-2, "steps": 3}})
