@@ -1,40 +1,46 @@
 """A checkpoint is complete or absent, and knows neither ranks nor engine: safetensors and JSON, by parameter name.
 
-    checkpoints/step_00001000/state/    weights, AdamW moments, objective, progress, one file of random states per rank
-                              student/  the release: what open_clip loads
-    checkpoints/latest                  names the newest directory
+    checkpoints/step_00001000/state/        weights, moments, objective, progress, random states of every rank
+                              student/      the release: what open_clip loads; fp32
+                              student_ema/  the same of the moving average, where there is one
+                              files.json    size and SHA-256 of every file
+    checkpoints/latest                      names the newest directory
 
 It is written under a temporary name, flushed to the disk, renamed; then `latest` is replaced. Nothing here is pickled.
+saver.py decides when.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-import random
 import re
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from kd_accel import distributed
 from kd_accel.config import SaveConfig, TrainConfig
-from kd_accel.engine import MOMENTS, Engine, OptimizerState
+from kd_accel.engine import Engine
+from kd_accel.masters import EMA, MOMENTS, OptimizerState
 from kd_accel.metrics import flat
 from kd_accel.models.release import write_release
 from kd_accel.objective import Objective
+from kd_accel.random_state import random_state, set_random_state
 from kd_accel.schema import ConfigError, dump, load
 
-LATEST = "latest"
+LATEST, FILES = "latest", "files.json"
 # Sections and keys that decide what is learned: a resumed run may not change them.
 FIXED = ("seed", "student", "teacher", "teachers", "objective", "data")
 FREE = ("data.num_workers", "data.max_bad_fraction", "data.batch_size", "data.global_batch_size")
 FREE += ("objective.chunk_rows", "student.grad_checkpointing", "teacher.placement")
+PARTIAL = ".partial_"  # begins the name of a checkpoint that is being written
 
 
 @dataclass
@@ -43,44 +49,138 @@ class TrainState:
 
     step: int = 0  # steps of the loop, applied or skipped
     samples: int = 0  # samples seen by all ranks
-    skipped: int = 0  # steps whose gradient was not finite
+    skipped: int = 0  # steps whose loss or gradient was not finite
+    skipped_in_a_row: int = 0  # the last ones
     bad_samples: int = 0  # unreadable samples met by all ranks
     global_batch: int = 0  # samples per step, over all ranks
     data: dict = field(default_factory=dict)  # the loader's cursor
 
 
-def save(run: Path, *, engine: Engine, objective: Objective, state: TrainState, config: TrainConfig) -> Path:
-    """Write `run`/checkpoints/step_N and return it; collective. Older checkpoints go as `config.save` says."""
-    target = run / "checkpoints" / f"step_{state.step:08d}"
-    partial = target.with_name(f".partial_{target.name}")
-    weights, memory = engine.weights(), engine.optimizer_state()
+@dataclass(frozen=True)
+class Snapshot:
+    """What this rank is to write of a checkpoint; by path inside of it, in memory that training no longer touches."""
+
+    step: int
+    tensors: dict[str, dict[str, Tensor]]
+    texts: dict[str, str]
+    releases: dict[str, dict[str, Any]]  # folder -> what write_release wants
+
+
+def take_snapshot(*, engine: Engine, objective: Objective, state: TrainState, config: TrainConfig) -> Snapshot:
+    """Copy everything that a checkpoint holds to this process's memory; collective."""
+    weights, memory = engine.masters.weights(), engine.masters.optimizer_state()
     assert memory.step == state.step - state.skipped, f"AdamW took {memory.step} steps, the loop {state}"
-    if distributed.is_main():
-        shutil.rmtree(partial, ignore_errors=True)
-        (partial / "state").mkdir(parents=True)
-    distributed.barrier()
-    save_file(_random_state(), partial / "state" / f"random_{distributed.rank():05d}.safetensors")
-    if distributed.is_main():
-        _write_state(partial / "state", weights, memory, objective, state, config)
-        student = engine.student
-        write_release(
-            partial / "student",
-            state=student.release_state(weights),
-            model_cfg=student.model_cfg,
-            contract=student.contract,
-            log_scale=objective.log_logit_scale,
-            logit_bias=objective.bias,
-        )
-    distributed.barrier()
-    if distributed.is_main():
-        _publish(partial, target)
-        _prune(target.parent, config.save)
-    distributed.barrier()
+    tensors = {f"state/random_{distributed.rank():05d}.safetensors": random_state()}
+    if not distributed.is_main():
+        return Snapshot(state.step, tensors, {}, {})
+    tensors |= {"state/weights.safetensors": weights}
+    tensors |= {f"state/{key}.safetensors": moments for key, moments in memory.moments.items()}
+    tensors |= {"state/objective.safetensors": {name: t.cpu() for name, t in objective.state().items()}}
+    texts = {"state/config.yaml": dump(config), "state/progress.json": json.dumps(asdict(state), indent=1)}
+    student = engine.student
+    release = {
+        "model_cfg": student.model_cfg,
+        "contract": student.contract,
+        "log_scale": objective.log_logit_scale,
+        "logit_bias": objective.bias,
+    }
+    versions = {"student": weights}
+    if EMA in memory.moments:
+        versions["student_ema"] = weights | memory.moments[EMA]  # buffers and frozen weights have no average
+    releases = {folder: {"state": student.release_state(w), **release} for folder, w in versions.items()}
+    return Snapshot(state.step, tensors, texts, releases)
+
+
+def write(snapshot: Snapshot, folder: Path) -> dict[str, list]:
+    """Write the files of this rank and flush them to the disk; path -> [bytes, SHA-256]. Raises OSError."""
+    (folder / "state").mkdir(parents=True, exist_ok=True)
+    try:
+        for name, tensors in snapshot.tensors.items():
+            save_file(tensors, folder / name)
+        for name, text in snapshot.texts.items():
+            (folder / name).write_text(text)
+        for name, release in snapshot.releases.items():
+            write_release(folder / name, **release)
+    except SafetensorError as error:  # a full disk, in the words of safetensors
+        raise OSError(str(error)) from None
+    written = [folder / name for name in (*snapshot.tensors, *snapshot.texts)]
+    written += [path for name in snapshot.releases for path in (folder / name).rglob("*") if path.is_file()]
+    for path in written:
+        path.chmod(0o644)  # safetensors makes files that only their owner can read
+        _flush(path)
+    return {str(path.relative_to(folder)): _fingerprint(path) for path in written}
+
+
+def publish(folder: Path, files: dict[str, list], config: SaveConfig) -> Path:
+    """Rename the directory that all ranks have written, point `latest` at it, drop what `config` does not keep.
+
+    A kill at any moment leaves the old checkpoint or the new one. Raises OSError.
+    """
+    (folder / FILES).write_text(json.dumps(files, indent=1))
+    for path in [folder / FILES, *(path for path in folder.rglob("*") if path.is_dir()), folder]:
+        _flush(path)
+    target = folder.with_name(folder.name.removeprefix(PARTIAL))
+    shutil.rmtree(target, ignore_errors=True)  # left by a run that was resumed from before this step
+    os.rename(folder, target)
+    _flush(target.parent)
+    pointer = target.parent / f".{LATEST}"
+    pointer.write_text(f"{target.name}\n")
+    _flush(pointer)
+    os.replace(pointer, target.parent / LATEST)
+    _flush(target.parent)
+    _prune(target.parent, config)
     return target
 
 
+def folder_for(run: Path, step: int) -> Path:
+    """Where the checkpoint of a step is written before it is published."""
+    return run / "checkpoints" / f"{PARTIAL}step_{step:08d}"
+
+
+def drop_partial(run: Path) -> None:
+    """Remove what a killed or failed save left behind."""
+    for path in (run / "checkpoints").glob(f"{PARTIAL}*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint's files, in a few words; None when all have their size and SHA-256."""
+    try:
+        files = json.loads((checkpoint / FILES).read_text())
+        for name, fingerprint in files.items():
+            if (checkpoint / name).stat().st_size != fingerprint[0]:
+                return f"{name} is cut off or has grown"
+            if _fingerprint(checkpoint / name) != fingerprint:
+                return f"{name} is not what was written"
+    except (OSError, ValueError) as error:
+        return f"{FILES}: {error}"
+    return None
+
+
+def choose(found: Path | None, run: Path, *, may_go_back: bool) -> tuple[Path | None, list[str]]:
+    """(the checkpoint to go on from, what is to be said of damaged ones); collective, rank 0 reads every file.
+
+    With `may_go_back` a damaged one gives way to the newest whole one before it. Raises ConfigError without any.
+    """
+    chosen, said = distributed.from_main(_whole(found, run, may_go_back) if distributed.is_main() else None)
+    if found is not None and chosen is None:
+        raise ConfigError("\n".join([*said, f"{run}: no whole checkpoint is left; name=OTHER starts anew"]))
+    return chosen, said
+
+
+def _whole(found: Path | None, run: Path, may_go_back: bool) -> tuple[Path | None, list[str]]:
+    older = [path for path in reversed(_steps(run / "checkpoints")) if found and path.name < found.name]
+    said = []
+    for path in [found, *(older if may_go_back else [])] if found else []:
+        reason = damage(path)
+        if reason is None:
+            return path, said
+        said.append(f"{path}: not a whole checkpoint ({reason})")
+    return None, said
+
+
 def restore(checkpoint: Path, *, engine: Engine, objective: Objective) -> TrainState:
-    """Load what `save` wrote into the engine and the objective, and the random states of this rank; collective.
+    """Load a checkpoint into the engine and the objective, and the random states of this rank; collective.
 
     Works for another engine and another number of ranks; random states are only restored for the same number.
     Raises ConfigError naming the file that is missing or damaged.
@@ -89,12 +189,13 @@ def restore(checkpoint: Path, *, engine: Engine, objective: Objective) -> TrainS
     state = _read_progress(checkpoint)
     try:
         step = state.step - state.skipped
-        engine.load_weights(load_file(folder / "weights.safetensors"))
-        moments = {key: load_file(folder / f"{key}.safetensors") for key in MOMENTS}
-        engine.load_optimizer_state(OptimizerState(step=step, moments=moments))
+        engine.masters.load_weights(load_file(folder / "weights.safetensors"))
+        keys = [*MOMENTS, EMA] if (folder / f"{EMA}.safetensors").exists() else MOMENTS
+        moments = {key: load_file(folder / f"{key}.safetensors") for key in keys}
+        engine.masters.load_optimizer_state(OptimizerState(step=step, moments=moments))
         objective.load_state(load_file(folder / "objective.safetensors"))
         if len(list(folder.glob("random_*.safetensors"))) == distributed.world_size():
-            _set_random_state(load_file(folder / f"random_{distributed.rank():05d}.safetensors"))
+            set_random_state(load_file(folder / f"random_{distributed.rank():05d}.safetensors"))
     except (OSError, SafetensorError, KeyError) as error:
         raise _not_whole(checkpoint, error) from None
     return state
@@ -163,37 +264,18 @@ def _is_free(key: str) -> bool:
     return key in FREE or re.fullmatch(r"teachers\.\w+\.placement", key) is not None
 
 
-def _write_state(folder: Path, weights, memory: OptimizerState, objective, state: TrainState, config) -> None:
-    save_file(weights, folder / "weights.safetensors")
-    for key in MOMENTS:
-        save_file(memory.moments[key], folder / f"{key}.safetensors")
-    save_file(objective.state(), folder / "objective.safetensors")
-    (folder / "config.yaml").write_text(dump(config))
-    (folder / "progress.json").write_text(json.dumps(asdict(state), indent=1))
-
-
-def _publish(partial: Path, target: Path) -> None:
-    """Flush every file, rename the directory, point `latest` at it: a kill at any moment leaves the old or the new."""
-    for path in [*partial.rglob("*"), partial]:
-        if path.suffix == ".safetensors":
-            path.chmod(0o644)  # safetensors makes files that only their owner can read
-        _flush(path)
-    shutil.rmtree(target, ignore_errors=True)  # left by a run that was resumed from before this step
-    os.rename(partial, target)
-    _flush(target.parent)
-    pointer = target.parent / f".{LATEST}"
-    pointer.write_text(f"{target.name}\n")
-    _flush(pointer)
-    os.replace(pointer, target.parent / LATEST)
-    _flush(target.parent)
-
-
 def _flush(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def _fingerprint(path: Path) -> list:
+    """[bytes, SHA-256] of a file."""
+    with path.open("rb") as file:
+        return [path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()]
 
 
 def _prune(folder: Path, config: SaveConfig) -> None:
@@ -206,28 +288,3 @@ def _prune(folder: Path, config: SaveConfig) -> None:
 def _steps(folder: Path) -> list[Path]:
     """The checkpoints in a folder, oldest first."""
     return sorted(path for path in folder.glob("step_*") if re.fullmatch(r"step_\d{8,}", path.name))
-
-
-def _random_state() -> dict[str, torch.Tensor]:
-    """The generators that dropout, drop-path and libraries draw from, as tensors."""
-    _, keys, position, has_gauss, gauss = np.random.get_state()
-    version, internal, gauss_next = random.getstate()
-    state = {
-        "torch": torch.get_rng_state(),
-        "numpy": torch.from_numpy(np.append(keys.astype(np.int64), [position, has_gauss])),
-        "numpy_gauss": torch.tensor(gauss, dtype=torch.float64),
-        "python": torch.tensor([version, *internal], dtype=torch.int64),
-        "python_gauss": torch.tensor(float("nan") if gauss_next is None else gauss_next, dtype=torch.float64),
-    }
-    return state | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
-
-
-def _set_random_state(state: dict[str, torch.Tensor]) -> None:
-    torch.set_rng_state(state["torch"])
-    *keys, position, has_gauss = state["numpy"].tolist()
-    np.random.set_state(("MT19937", np.array(keys, dtype=np.uint32), position, has_gauss, state["numpy_gauss"].item()))
-    version, *internal = state["python"].tolist()
-    gauss = state["python_gauss"].item()
-    random.setstate((version, tuple(internal), None if np.isnan(gauss) else gauss))
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])

@@ -119,15 +119,15 @@ class Step:
         everyone = distributed.gather_rows({"hardness": mine[:, None]})["hardness"][:, 0]
         self.hardness[teacher] = (mine - everyone.mean()) / everyone.std()
 
-    def non_finite_inputs(self) -> list[str]:
-        """Names of this rank's features that hold an inf or a nan."""
+    def inputs(self) -> dict[str, Tensor]:
+        """This rank's features of every model, without the raw rows beside unit ones, as "student image", ..."""
         named = {"student": {n: f for n, f in self.rows.items() if not n.startswith("raw.")}, **self.teachers}
-        return [
-            f"{who} {name}"
+        return {
+            f"{who} {name}": rows
             for who, features in named.items()
             for name, rows in features.items()
-            if not name.startswith("raw.") and not torch.isfinite(rows).all()
-        ]
+            if not name.startswith("raw.")
+        }
 
     def _gradient(self, name: str) -> Tensor:
         if name not in self.row_gradients:

@@ -14,6 +14,7 @@ from kd_accel.schema import Schema
 from kd_accel.sections import (
     DataConfig,
     LogConfig,
+    LoopConfig,
     ObjectiveConfig,
     OptimConfig,
     SaveConfig,
@@ -46,6 +47,7 @@ class TrainConfig(Schema):
     """Several teachers by name, instead of teacher; every term then names its own. null drops one of a base file."""
     objective: ObjectiveConfig
     optim: OptimConfig
+    train: LoopConfig = LoopConfig()
     save: SaveConfig = SaveConfig()
     log: LogConfig = LogConfig()
 

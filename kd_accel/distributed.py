@@ -92,6 +92,16 @@ def sum_over_ranks(tensors: list[Tensor]) -> list[Tensor]:
     ]
 
 
+def any_rank(flags: list[bool]) -> list[bool]:
+    """For each flag, whether some rank raises it; one small collective."""
+    if world_size() == 1:
+        return flags
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    raised = torch.tensor(flags, dtype=torch.int32, device=device)
+    dist.all_reduce(raised, op=dist.ReduceOp.MAX)
+    return [bool(flag) for flag in raised.tolist()]
+
+
 def gather_objects(value: Any) -> list[Any]:
     """`value` of every rank, in rank order; for small picklable things of our own, never for tensors or user files."""
     if world_size() == 1:
@@ -108,6 +118,14 @@ def from_main(value: Any) -> Any:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+LOST = ("closed by peer", "Connection reset", "Timed out waiting", "timed out after", "Broken pipe", "NCCL", "gloo")
+
+
+def is_lost_peer(error: BaseException) -> bool:
+    """Whether a collective failed because another process died or does not answer; torch only says so in words."""
+    return world_size() > 1 and isinstance(error, RuntimeError) and any(words in str(error) for words in LOST)
 
 
 def end_process(code: int) -> None:

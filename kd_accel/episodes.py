@@ -88,7 +88,7 @@ def episode_is_due(term: Prototype, clusters: Prototypes, progress: Progress, *,
 def run_episodes(
     due: dict[str, Clusters],
     engine: Engine,
-    batches: Iterator[Batch],
+    batches: Iterator[list[Batch]],
     progress: Progress,
     *,
     steps: dict[str, int],
@@ -116,7 +116,7 @@ def run_episodes(
 
 @torch.no_grad()
 def coming_features(
-    engine: Engine, batches: Iterator[Batch], sources: list[Source], progress: Progress
+    engine: Engine, batches: Iterator[list[Batch]], sources: list[Source], progress: Progress
 ) -> tuple[Tensor, dict[Source, Tensor]]:
     """(ids [E], unit features [E, d] by source) of all ranks' rows of `batches`, in eval mode; collective.
 
@@ -125,12 +125,13 @@ def coming_features(
     training = engine.module.training
     engine.module.eval()
     ids, parts = [], []
-    for batch in batches:
-        student, teachers = engine.forward(batch.to(engine.accelerator.device))
+    for micro_batches in batches:
+        student, teachers = engine.forward(micro_batches)
         rows = {source: F.normalize(_features(source, student, teachers).float(), dim=1) for source in sources}
         gathered = distributed.gather_rows(rows)
         _check_finite(gathered, progress)
-        ids.append(distributed.gather_rows({"ids": batch.ids.to(engine.accelerator.device)[:, None]})["ids"][:, 0])
+        mine = torch.cat([batch.ids for batch in micro_batches]).to(engine.accelerator.device)
+        ids.append(distributed.gather_rows({"ids": mine[:, None]})["ids"][:, 0])
         parts.append(gathered if distributed.is_main() else {source: rows[:0] for source, rows in gathered.items()})
     engine.module.train(training)
     return torch.cat(ids), {source: torch.cat([part[source] for part in parts]) for source in sources}

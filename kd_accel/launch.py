@@ -16,9 +16,12 @@ import torch
 from kd_accel.schema import ConfigError
 
 
-def start_accelerator(*, precision: str, batch_size: int, grad_clip_norm: float, timeout_s: float = 1800):
+def start_accelerator(
+    *, precision: str, batch_size: int, grad_clip_norm: float, timeout_s: float = 1800, accumulate: int = 1
+):
     """The Accelerator of this run, with everything that engines guess written out.
 
+    `batch_size` samples per process and micro-batch; a process waits `timeout_s` seconds for another one.
     Reads the launcher's environment; raises ConfigError for combinations that would train something else than asked.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -35,7 +38,9 @@ def start_accelerator(*, precision: str, batch_size: int, grad_clip_norm: float,
         alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
         accelerator = Accelerator(cpu=on_cpu, mixed_precision=mixed, kwargs_handlers=[] if alone else handlers)
     else:
-        plugin = _deepspeed_plugin(precision=precision, batch_size=batch_size, grad_clip_norm=grad_clip_norm)
+        plugin = _deepspeed_plugin(
+            precision=precision, batch_size=batch_size, grad_clip_norm=grad_clip_norm, accumulate=accumulate
+        )
         accelerator = Accelerator(deepspeed_plugin=plugin, mixed_precision=mixed, kwargs_handlers=handlers)
         from transformers.integrations import unset_hf_deepspeed_config
 
@@ -52,7 +57,7 @@ def end_accelerator() -> None:
     GradientState._reset_state()
 
 
-def _deepspeed_plugin(*, precision: str, batch_size: int, grad_clip_norm: float):
+def _deepspeed_plugin(*, precision: str, batch_size: int, grad_clip_norm: float, accumulate: int):
     """The launcher's DeepSpeed settings (stage, offload), with our batch, clipping and precision written into them."""
     if os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("true", "1"):
         raise ConfigError(
@@ -75,11 +80,13 @@ def _deepspeed_plugin(*, precision: str, batch_size: int, grad_clip_norm: float)
         )
     plugin.deepspeed_config.update(
         train_micro_batch_size_per_gpu=batch_size,
-        gradient_accumulation_steps=1,
+        gradient_accumulation_steps=1,  # engine.py says itself which backward is a step's last
         gradient_clipping=grad_clip_norm,  # DeepSpeed's own default is 1.0
         zero_allow_untested_optimizer=True,
         bf16={"enabled": precision == "bf16"},
     )
+    if accumulate > 1 and precision == "bf16" and stage > 1:  # stage 1 would get another optimizer, without our state
+        plugin.deepspeed_config["data_types"] = {"grad_accum_dtype": "fp32"}
     return plugin
 
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from kd_accel import distributed, recall, terms
 from kd_accel.bindings import row_losses, student_columns, teacher_columns, whole_loss
+from kd_accel.blame import non_finite_rows
 from kd_accel.chunks import CONTRASTED, Chunk, Step, unit
 from kd_accel.config import ObjectiveConfig
 from kd_accel.memory import SampleMemory
@@ -288,8 +289,7 @@ class Objective(nn.Module):
     def _blame(self, step: Step, metrics: dict[str, Tensor]) -> str:
         """Which terms, and which ranks' features, are not finite; a collective, so every rank must come here."""
         names = [name for name, value in metrics.items() if name.startswith("loss/") and not torch.isfinite(value)]
-        ranks = distributed.gather_objects(step.non_finite_inputs())
-        inputs = [f"{name} on rank {rank}" for rank, names in enumerate(ranks) for name in names]
+        inputs = non_finite_rows(step.inputs(), step.ids)
         cause = f"; not finite on arrival: {', '.join(inputs)}" if inputs else "; the features are finite"
         return f"{', '.join(names) or 'the total loss'} is not finite{cause}"
 

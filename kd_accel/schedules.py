@@ -80,7 +80,7 @@ class Cosine(_Ramp):
     kind: Literal["cosine"] = "cosine"
 
     def at(self, progress: Progress) -> float:
-        return self.end + (self.start - self.end) * (1 + math.cos(math.pi * self.fraction(progress))) / 2
+        return _half_cosine(self.start, self.end, self.fraction(progress))
 
 
 class StepBelow(Schema):
@@ -175,7 +175,7 @@ def warmup_cosine(step: int, *, lr: float, min_lr: float, warmup_steps: int, tot
     if step < warmup_steps:
         return lr * (step + 1) / warmup_steps
     done = (step - warmup_steps) / max(1, total_steps - warmup_steps)
-    return min_lr + (lr - min_lr) * (1 + math.cos(math.pi * min(1.0, done))) / 2
+    return _half_cosine(lr, min_lr, min(1.0, done))
 
 
 def warmup_constant(
@@ -191,3 +191,18 @@ def warmup_constant(
     if step < start or not cooldown_steps:
         return lr
     return min_lr + (lr - min_lr) * (1 - (step - start) / cooldown_steps) ** power
+
+
+def one_cycle(step: int, *, lr: float, min_lr: float, warmup_steps: int, total_steps: int) -> float:
+    """Learning rate of the step after `step` steps: half a cosine from lr / 25 up to `lr`, then one down to `min_lr`.
+
+    torch's OneCycleLR (arXiv 1708.07120) with its cosine and div_factor; the moments' decays stay as they are.
+    """
+    rising = max(1, warmup_steps - 1)  # torch reaches the top at step warmup_steps - 1
+    if step < rising:
+        return _half_cosine(lr / 25, lr, step / rising)
+    return _half_cosine(lr, min_lr, min(1.0, (step - rising) / max(1, total_steps - 1 - rising)))
+
+
+def _half_cosine(start: float, end: float, done: float) -> float:
+    return end + (start - end) * (1 + math.cos(math.pi * done)) / 2

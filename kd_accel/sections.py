@@ -41,7 +41,7 @@ class DataConfig(Schema):
 
     Index them once: kd-accel index FOLDER."""
     batch_size: int | None = Field(None, gt=0)
-    """Samples per process and optimizer step."""
+    """Samples per process and forward pass; a step sees batch_size x train.accumulate x processes."""
     global_batch_size: int | None = Field(None, gt=0)
     """Samples per optimizer step over all processes, instead of batch_size; a run may then resume on more or fewer."""
     caption: str = "txt"
@@ -192,8 +192,10 @@ class OptimConfig(Schema):
     """lamb: layer-wise steps for very large batches (arXiv 1904.00962); needs whole parameters, so no ZeRO."""
     lr: float = Field(gt=0)
     """Peak learning rate."""
-    schedule: Literal["cosine", "constant", "constant_cooldown"] = "cosine"
-    """After the warm-up: half a cosine to min_lr; lr to the end; lr, and at the end cooldown_steps down to min_lr."""
+    schedule: Literal["cosine", "constant", "constant_cooldown", "one_cycle"] = "cosine"
+    """After the warm-up: half a cosine to min_lr; lr to the end; lr, and at the end cooldown_steps down to min_lr.
+
+    one_cycle: half a cosine from lr / 25 up to lr in the warm-up, half a cosine down to min_lr after it."""
     min_lr: float = Field(0.0, ge=0)
     """Learning rate at the end of the cosine or of the cooldown."""
     cooldown_steps: int = Field(0, ge=0)
@@ -201,11 +203,15 @@ class OptimConfig(Schema):
     cooldown_power: float = Field(1.0, gt=0)
     """1: the cooldown is a straight line; more: it bends towards min_lr."""
     epochs: int | None = Field(None, gt=0)
-    """Length of the run in epochs (give one of epochs, steps)."""
+    """Length of the run in epochs (give one of epochs, steps, samples)."""
     steps: int | None = Field(None, gt=0)
     """Length of the run in optimizer steps."""
+    samples: int | None = Field(None, gt=0)
+    """Length of the run in samples seen, rounded up to whole steps."""
     warmup_steps: int = Field(0, ge=0)
     """Steps of linear warm-up."""
+    layer_decay: float = Field(1.0, gt=0, le=1)
+    """Factor of the learning rate per layer below the top of each tower (BEiT, arXiv 2106.08254); 1: none."""
     weight_decay: float = Field(0.1, ge=0)
     """On matrices and kernels; biases, norms, class and position embeddings of one dimension get none."""
     betas: tuple[float, float] = (0.9, 0.98)
@@ -219,18 +225,40 @@ class OptimConfig(Schema):
 
     @model_validator(mode="after")
     def _one_length(self):
-        if (self.epochs is None) == (self.steps is None):
-            raise ValueError("give exactly one of epochs and steps")
+        if [self.epochs, self.steps, self.samples].count(None) != 2:
+            raise ValueError("give exactly one of epochs, steps and samples")
         if (self.schedule == "constant_cooldown") != bool(self.cooldown_steps):
             raise ValueError("cooldown_steps and schedule=constant_cooldown need each other: set both or neither")
         return self
+
+
+class LoopConfig(Schema):
+    """How steps are taken."""
+
+    accumulate: int = Field(1, gt=0)
+    """Micro-batches per step and process. The losses see all of them at once, so the result is that of one large batch;
+    costs one more forward pass of the student."""
+    max_skipped: int = Field(10, ge=0)
+    """Steps in a row whose loss or gradient is not finite: they are skipped and logged, one more ends the run."""
+    ema_decay: float | None = Field(None, gt=0, lt=1)
+    """Keep a moving average of the student's weights, for instance 0.9999; it is what eval and export take."""
+    deterministic: bool = False
+    """Refuse operations that do not give the same bits each time; slower on GPUs."""
+    timeout_s: float = Field(1800, gt=0)
+    """Seconds that a process waits for another one before it ends the run."""
 
 
 class SaveConfig(Schema):
     """When a checkpoint is written; the end of the run always writes one."""
 
     every_steps: int | None = Field(None, gt=0)
-    """Optimizer steps between two checkpoints; null: once per epoch."""
+    """Optimizer steps between two checkpoints; neither this nor every_minutes: once per epoch."""
+    every_minutes: float | None = Field(None, gt=0)
+    """Minutes between two checkpoints, in place of every_steps or beside it."""
+    on_signal: bool = True
+    """SIGTERM and SIGUSR1 write a checkpoint after the step and end the run with exit code 0; false: they kill it."""
+    background: bool = False
+    """Write files while training goes on, from a copy in memory; at most one checkpoint is under way."""
     keep_last: int = Field(2, gt=0)
     """How many of the newest checkpoints stay."""
     keep_every: int | None = Field(None, gt=0)

@@ -56,7 +56,7 @@ class Pieces:
         ids, batches = [], iter(self.loader)
         for _ in range(steps):
             self.episodes.prepare(self.progress())
-            ids.append(next(batches).ids.tolist())
+            ids.append(next(batches)[0].ids.tolist())
         return ids
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 
 from kd_accel import checkpoint
 from kd_accel.config import SaveConfig, TrainConfig
+from kd_accel.random_state import random_state, set_random_state
 from kd_accel.schema import ConfigError, dump, validate
 
 
@@ -102,12 +104,67 @@ def test_keep_rules(run, options, kept):
 
 def test_published_checkpoint_replaces_and_is_readable(run):
     """Publishing over a directory of the same step swaps it whole, moves `latest`, and leaves no partial."""
-    partial = add(run, ".partial_step_00000004")
-    (partial / "state" / "weights.safetensors").touch(mode=0o600)
-    checkpoint._publish(partial, run / "checkpoints" / "step_00000004")
+    partial = checkpoint.folder_for(run, 4)
+    files = checkpoint.write(snapshot(4), partial)
+    assert checkpoint.publish(partial, files, SaveConfig(keep_last=99)) == run / "checkpoints" / "step_00000004"
     assert not partial.exists()
     assert checkpoint.newest(run).name == "step_00000004"
     assert (run / "checkpoints/step_00000004/state/weights.safetensors").stat().st_mode & 0o444 == 0o444
+    assert checkpoint.damage(run / "checkpoints" / "step_00000004") is None
+
+
+def snapshot(step: int) -> checkpoint.Snapshot:
+    tensors = {"state/weights.safetensors": {"w": torch.full((5,), float(step))}}
+    return checkpoint.Snapshot(step, tensors, {"state/progress.json": json.dumps({"step": step})}, {})
+
+
+@pytest.fixture
+def written(tmp_path) -> Path:
+    """A run with three checkpoints that were really written."""
+    for step in (2, 4, 6):
+        partial = checkpoint.folder_for(tmp_path, step)
+        checkpoint.publish(partial, checkpoint.write(snapshot(step), partial), SaveConfig(keep_last=9))
+    return tmp_path
+
+
+def _cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def _flip(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+
+
+DAMAGES = {"cut off": _cut, "not what was written": _flip, "No such file": Path.unlink}
+
+
+@pytest.mark.parametrize("reason", DAMAGES)
+@pytest.mark.parametrize("file", ["state/weights.safetensors", "state/progress.json"])
+def test_damage_is_found_and_an_older_one_taken(written, reason, file):
+    """A file that is shorter, other, or gone: said, and resume=auto takes the checkpoint before; PATH is refused."""
+    newest = checkpoint.newest(written)
+    DAMAGES[reason](newest / file)
+    chosen, said = checkpoint.choose(newest, written, may_go_back=True)
+    assert chosen.name == "step_00000004"
+    (line,) = said
+    assert str(newest) in line
+    assert reason in line
+    with pytest.raises(ConfigError, match=f"{reason}.*\n.*no whole checkpoint is left"):
+        checkpoint.choose(newest, written, may_go_back=False)
+
+
+def test_a_lost_list_of_files_is_damage(written):
+    """Without files.json nothing can be verified."""
+    newest = checkpoint.newest(written)
+    (newest / "files.json").unlink()
+    assert "files.json" in checkpoint.damage(newest)
+
+
+def test_nothing_is_chosen_of_nothing(tmp_path):
+    """A fresh run."""
+    assert checkpoint.choose(None, tmp_path, may_go_back=True) == (None, [])
 
 
 def test_random_state_round_trip():
@@ -123,10 +180,10 @@ def test_random_state_round_trip():
         )
 
     np.random.randn(), random.gauss(0, 1)  # each keeps the second of a pair for the next call
-    state = checkpoint._random_state()
+    state = random_state()
     first = draw()
     draw()
-    checkpoint._set_random_state(state)
+    set_random_state(state)
     assert draw() == first
 
 

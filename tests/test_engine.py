@@ -63,9 +63,9 @@ def batch(step: int) -> Batch:
 
 
 def step(engine: Engine, number: int) -> None:
-    features, teachers = engine.forward(batch(number))
+    features, teachers = engine.forward([batch(number)])
     gradients = {name: f.detach().float() - 0.1 for name, f in features.items()}
-    engine.backward(features, gradients)
+    engine.backward(gradients)
     applied, norm = engine.step(1e-2)
     assert applied
     assert norm > 0
@@ -78,7 +78,7 @@ def test_masters_start_from_the_exact_weights(launched, tiny_teacher, stage, pre
     """The fp32 weights behind a bf16 engine are those the student was built with, not their rounding to bf16."""
     launched(stage)
     engine, before = start(config_of(tiny_teacher, precision))
-    after = engine.weights()
+    after = engine.masters.weights()
     for name, weight in before.items():
         assert torch.equal(after[name], weight), name
 
@@ -93,19 +93,19 @@ def test_state_by_name_is_the_whole_state(launched, tiny_teacher, precision, sta
     config = config_of(tiny_teacher, precision, optimizer=optimizer)
     engine, _ = start(config)
     step(engine, 0), step(engine, 1)
-    weights, memory = engine.weights(), engine.optimizer_state()
+    weights, memory = engine.masters.weights(), engine.masters.optimizer_state()
     assert memory.step == 2
     step(engine, 2)
-    straight, straight_memory = engine.weights(), engine.optimizer_state()
+    straight, straight_memory = engine.masters.weights(), engine.masters.optimizer_state()
     end_accelerator()
 
     launched(stage)
     engine, _ = start(config)
     step(engine, 7)  # a state that must be overwritten
-    engine.load_weights(weights)
-    engine.load_optimizer_state(memory)
+    engine.masters.load_weights(weights)
+    engine.masters.load_optimizer_state(memory)
     step(engine, 2)
-    resumed, resumed_memory = engine.weights(), engine.optimizer_state()
+    resumed, resumed_memory = engine.masters.weights(), engine.masters.optimizer_state()
     assert resumed_memory.step == 3
     for name in straight:
         assert torch.equal(resumed[name], straight[name]), name
@@ -119,14 +119,14 @@ def test_non_finite_gradient_skips_the_step(launched, tiny_teacher, stage):
     """A nan in one feature's gradient: not applied, weights as before, and the next step works."""
     launched(stage)
     engine, before = start(config_of(tiny_teacher, "fp32"))
-    features, _ = engine.forward(batch(0))
+    features, _ = engine.forward([batch(0)])
     gradients = {name: torch.full_like(f, float("nan")) for name, f in features.items()}
-    engine.backward(features, gradients)
+    engine.backward(gradients)
     applied, _ = engine.step(1e-2)
     assert not applied
-    after = engine.weights()
+    after = engine.masters.weights()
     assert all(torch.equal(after[name], weight) for name, weight in before.items())
-    assert engine.optimizer_state().step == 0
+    assert engine.masters.optimizer_state().step == 0
     step(engine, 1)
 
 
@@ -135,7 +135,7 @@ def test_teacher_takes_no_optimizer_state(launched, tiny_teacher, stage):
     """DeepSpeed's flat partitions hold the student's parameters and nothing of the teacher."""
     launched(stage)
     engine, before = start(config_of(tiny_teacher, "bf16"))
-    flat = sum(p.numel() for group in engine._adamw().param_groups for p in group["params"])
+    flat = sum(p.numel() for group in engine.masters._adamw().param_groups for p in group["params"])
     trained = sum(weight.numel() for weight in before.values())
     assert trained <= flat < trained + 64  # alignment
 

@@ -16,10 +16,10 @@ PACKAGE = Path(__file__).resolve().parent.parent / "kd_accel"
 # A folder stands for its files, unless one of them is named by itself.
 LAYERS = (
     ("__init__ types schema schedules terms sections config help",),
-    ("distributed", "losses"),
-    ("memory", "models", "data"),
+    ("distributed", "losses", "random_state signals"),
+    ("memory", "models", "data", "blame", "replay"),
     ("objective own_optimizer chunks temperature bindings recall fit",),
-    ("launch engine optim metrics checkpoint episodes evals",),
+    ("launch engine masters optim metrics checkpoint saver bad_samples assembly episodes evals",),
     ("train", "evals.suite", "report pictures runs"),
     ("demo",),  # runs the other verbs
     ("cli __main__",),

@@ -206,16 +206,23 @@ def test_too_many_bad_samples_stop_the_run(config, tmp_path, train_shards):
     assert rows(tmp_path / "tolerant")[-1]["bad_samples"] == 2  # once per epoch
 
 
-def test_non_finite_features_stop_before_the_update(config, tiny_teacher, tmp_path):
-    """A teacher that says nan ends the run naming step, term, input and ids; nothing was updated."""
-    from kd_accel.objective import NonFiniteLoss
-
+def test_non_finite_loss_is_skipped_and_then_stops_the_run(config, tiny_teacher, tmp_path):
+    """A teacher that says nan: max_skipped steps are logged and change nothing, the next names all that is known."""
     broken = tmp_path / "broken"
     shutil.copytree(tiny_teacher, broken)
     weights = load_file(broken / "open_clip_model.safetensors")
     weights["text_projection"][0, 0] = float("nan")
     save_file(weights, broken / "open_clip_model.safetensors")
+    broken_run = {"teacher": {"path": str(broken)}, "train": {"max_skipped": 2}, "save": {"every_steps": 1}}
     with pytest.raises(
-        NonFiniteLoss, match=r"step 1: loss/feature is not finite; .*teacher text on rank 0 \(sample ids"
+        ConfigError,
+        match=r"step 3: loss/feature is not finite; .*text on rank 0 \(sample ids .*max_skipped=2.*step_00000002",
     ):
-        run(config(teacher={"path": str(broken)}))
+        run(config(**broken_run))
+    history = rows(tmp_path / "run")
+    assert [(row["step"], row["loss"], row["skipped"]) for row in history] == [(1, None, 1), (2, None, 2)]
+    first, second = (tmp_path / "run" / "checkpoints" / f"step_{step:08d}" / "state" for step in (1, 2))
+    for name in ("weights", "objective"):
+        before, after = (load_file(folder / f"{name}.safetensors") for folder in (first, second))
+        assert all(torch.equal(before[key].nan_to_num(), after[key].nan_to_num()) for key in before)
+    assert (tmp_path / "run" / "out.log").read_text().count("skipped\n") == 2

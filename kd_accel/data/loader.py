@@ -1,7 +1,7 @@
 """Training batches in one exact order, for any number of workers and ranks.
 
-Rank r takes rows [r*b : (r+1)*b] of every global batch of order.py. What has been yielded, not what the workers have
-prefetched, is the state, so a run goes on at exactly the next batch. b rows of this rank, T tokens.
+A step is one global batch of order.py. Rank r takes its r-th part, in `accumulate` micro-batches of b rows. What has
+been yielded, not what the workers have prefetched, is the state, so a run goes on at exactly the next step. T tokens.
 """
 
 from __future__ import annotations
@@ -20,19 +20,23 @@ from kd_accel.data.order import epoch_order, num_batches
 from kd_accel.data.shards import BadSample, Sample, ShardReader
 from kd_accel.data.transforms import decode, train_view
 from kd_accel.schema import ConfigError, LocalError
+from kd_accel.signals import leave_stopping_to_the_parent
 from kd_accel.types import Batch, InputContract
 
 MAX_TRIES = 100  # samples in a row, from a bad one on, until the data counts as unusable
 
 
 class TrainLoader:
-    """Iterates over batches without end, from the loaded state on; `iter` again goes on after the last yielded batch.
+    """Iterates over steps without end, from the loaded state on; `iter` again goes on after the last yielded step.
+
+    A step is a list of the micro-batches of this rank.
 
     Raises ConfigError for unusable shards, too few samples, and a global batch that cannot be dealt evenly.
     """
 
-    batch_size: int  # rows of this rank
-    global_batch: int  # rows of all ranks
+    batch_size: int  # b, rows of a micro-batch
+    accumulate: int  # micro-batches of a step
+    global_batch: int  # rows of all ranks and micro-batches
     num_samples: int  # N
     steps_per_epoch: int  # whole global batches
 
@@ -41,12 +45,20 @@ class TrainLoader:
     bad_samples: list[dict[str, Any]]  # records of yielded batches since the last take_bad()
 
     def __init__(
-        self, config: DataConfig, *, contracts: dict[str, InputContract], seed: int, rank: int, world_size: int
+        self,
+        config: DataConfig,
+        *,
+        contracts: dict[str, InputContract],
+        seed: int,
+        rank: int,
+        world_size: int,
+        accumulate: int = 1,
     ):
         paths = expand_shards(config.shards)
         index = load_index(paths, caption=config.caption, label=config.label)
-        self.batch_size = _rows_per_rank(config, world_size)
-        self.global_batch = self.batch_size * world_size
+        self.batch_size = rows_per_micro_batch(config, world_size, accumulate)
+        self.accumulate = accumulate
+        self.global_batch = self.batch_size * accumulate * world_size
         self.num_samples = index.num_samples
         self.steps_per_epoch = num_batches(self.num_samples, self.global_batch)
         self.epoch, self.batches_done, self.bad_samples = 0, 0, []
@@ -55,7 +67,7 @@ class TrainLoader:
         self._tokens_of = {name: _token_kind(contract) for name, contract in contracts.items()}
         self._rows = _Rows(ShardReader(paths, index), config, contracts, seed)
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[list[Batch]]:
         """One set of workers serves all epochs: forking them anew would stall the devices at every epoch's start.
 
         A worker uses one thread: torch sees to its own, open_clip (on import) to the tokenizers'.
@@ -67,15 +79,21 @@ class TrainLoader:
             num_workers=self._config.num_workers,
             collate_fn=_as_it_is,
             pin_memory=torch.cuda.is_available(),
+            worker_init_fn=lambda _: leave_stopping_to_the_parent(),
             generator=torch.Generator(),  # torch would draw the workers' seed from the global generator
         )
+        micro_batches = []
         for item in loader:
             if isinstance(item, ConfigError):
                 raise item
             ids, image, tokens, labels, bad = item
             self.bad_samples += bad
-            self._count_batch()
-            yield Batch(ids, image, {name: tokens[kind] for name, kind in self._tokens_of.items()}, labels)
+            text = {name: tokens[kind] for name, kind in self._tokens_of.items()}
+            micro_batches.append(Batch(ids, image, text, labels))
+            if len(micro_batches) == self.accumulate:
+                self._count_batch()
+                yield micro_batches
+                micro_batches = []
 
     def take_bad(self) -> list[dict[str, Any]]:
         """{id, key, shard, reason, replaced_by, epoch} of each sample replaced in the batches since the last call."""
@@ -115,14 +133,15 @@ class TrainLoader:
         self.epoch, self.batches_done = self.epoch + done // self.steps_per_epoch, done % self.steps_per_epoch
 
     def _schedule(self, epoch: int, batches_done: int) -> Iterator[tuple[int, np.ndarray]]:
-        """(epoch, ids [b] of this rank) of every batch from the given place on, without end."""
-        mine = slice(self._rank * self.batch_size, (self._rank + 1) * self.batch_size)
+        """(epoch, ids [b]) of every micro-batch of this rank from the given place on, without end."""
+        rows = self.batch_size * self.accumulate
+        mine = slice(self._rank * rows, (self._rank + 1) * rows)
         window = self._config.shuffle_window
         while True:
             order = epoch_order(
                 self._shard_sizes, seed=self._seed, epoch=epoch, window=window, global_batch=self.global_batch
             )
-            for ids in order[batches_done:, mine]:
+            for ids in order[batches_done:, mine].reshape(-1, self.batch_size):
                 yield epoch, ids
             epoch, batches_done = epoch + 1, 0
 
@@ -172,15 +191,18 @@ class _Rows(Dataset):
         return {**place, "reason": reason, "replaced_by": replaced_by, "epoch": epoch}
 
 
-def _rows_per_rank(config: DataConfig, world_size: int) -> int:
+def rows_per_micro_batch(config: DataConfig, world_size: int, accumulate: int) -> int:
+    """What one forward pass of one process sees. Raises ConfigError for a global batch that is not dealt evenly."""
     if config.global_batch_size is None:
         return config.batch_size
-    if config.global_batch_size % world_size:
+    parts = world_size * accumulate
+    if config.global_batch_size % parts:
+        micro_batches = f" of {accumulate} micro-batches (train.accumulate)" if accumulate > 1 else ""
         raise ConfigError(
-            f"data.global_batch_size={config.global_batch_size} cannot be dealt evenly to {world_size} processes: "
-            f"choose a multiple of {world_size}"
+            f"data.global_batch_size={config.global_batch_size} cannot be dealt evenly to {world_size}"
+            f" processes{micro_batches}: choose a multiple of {parts}"
         )
-    return config.global_batch_size // world_size
+    return config.global_batch_size // parts
 
 
 def _token_kind(contract: InputContract) -> tuple[str, int]:

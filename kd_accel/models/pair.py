@@ -22,6 +22,10 @@ class Pair(nn.Module):
         self.teachers = nn.ModuleDict(teachers)
 
     def forward(self, image: Tensor, text: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-        """uint8 `image[b,3,H,W]`, tokens `[b,T]` by model -> raw embeddings by model: "student" and each teacher."""
+        """uint8 `image[b,3,H,W]`, tokens `[b,T]` by model -> raw embeddings of each: "student" and the teachers.
+
+        A teacher without tokens is not asked.
+        """
         features = {"student": self.student(image, text["student"])}
-        return features | {name: teacher(image, text[name]) for name, teacher in self.teachers.items()}
+        asked = {name: teacher for name, teacher in self.teachers.items() if name in text}
+        return features | {name: teacher(image, text[name]) for name, teacher in asked.items()}

@@ -36,7 +36,8 @@ def make_loader(contract):
 
 
 def take(loader, count):
-    return list(islice(loader, count))
+    """Of every step its only micro-batch."""
+    return [batch for (batch,) in islice(loader, count)]
 
 
 def ids(batches):
@@ -109,7 +110,7 @@ def test_the_state_counts_what_was_yielded(make_shards, make_loader):
     folder = make_shards(SIZES)
     loader = make_loader(folder, num_workers=2)
     iterator = iter(loader)
-    first = [next(iterator)]
+    first = next(iterator)
     assert (loader.epoch, loader.batches_done) == (0, 1)
     assert_same(first + take(loader, 3), take(make_loader(folder), 4))
 
@@ -186,7 +187,7 @@ def test_records_are_taken_once_and_only_of_yielded_batches(make_shards, make_lo
     loader = make_loader(folder, num_workers=2)
     iterator = iter(loader)
     for _ in range(5):
-        batch = next(iterator)
+        (batch,) = next(iterator)
         records = loader.take_bad()
         assert {record["replaced_by"] for record in records} <= set(batch.ids.tolist())
         assert loader.take_bad() == []

@@ -81,14 +81,14 @@ def main() -> None:
     engine.module.train()
 
     torch.manual_seed(5)  # of the masks
-    features, said = engine.forward(batch())
+    features, said = engine.forward([batch()])
     torch.manual_seed(5)
     expected = alone(batch().image, batch().text["student"])
     assert {key: rows.shape[1] for key, rows in features.items()} == student.widths
     assert said.keys() == {"inner", "outer"}
     assert not torch.equal(features["image"], features["masked_image"])
     gradients = {key: torch.randn(rows.shape) for key, rows in features.items()}
-    engine.backward(features, gradients)
+    engine.backward(gradients)
     if precision == "fp32":
         torch.testing.assert_close(features, expected, rtol=1e-4, atol=1e-5)
         sum((expected[key] * gradients[key]).sum() for key in expected).backward()
@@ -98,7 +98,7 @@ def main() -> None:
 
     engine.module.eval()
     with torch.no_grad():
-        features, _ = engine.forward(batch())
+        features, _ = engine.forward([batch()])
     torch.testing.assert_close(features["masked_image"], features["image"])
     distributed.end_process(0)
 

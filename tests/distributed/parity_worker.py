@@ -1,64 +1,117 @@
-"""Trains five steps under one engine and saves what test_parity.py compares; run under torchrun, or alone.
+"""Trains five steps in every cell of test_parity.py's table on the ranks it is launched with; torchrun, or alone.
 
-parity_worker.py OUT.safetensors TEACHER GLOBAL_BATCH ENGINE        ENGINE: plain | ddp | zero1 | zero2 | zero3
+parity_worker.py FOLDER TEACHER CELLS        writes FOLDER/<cell>-<ranks>.safetensors; CELLS: reference | some | all
 """
 
+import itertools
 import os
 import sys
+from dataclasses import dataclass
+from pathlib import Path
 
 import tiny
 import torch
 from safetensors.torch import save_file
 
-from kd_accel import distributed
+from kd_accel import assembly, distributed
 from kd_accel.config import TrainConfig
 from kd_accel.engine import Engine
-from kd_accel.launch import start_accelerator
-from kd_accel.models.student import Student
-from kd_accel.models.teacher import Teacher
+from kd_accel.launch import end_accelerator, start_accelerator
 from kd_accel.objective import Objective
 from kd_accel.optim import build_optimizer
 from kd_accel.schedules import Progress
 from kd_accel.schema import validate
 from kd_accel.types import Batch
 
-STEPS = 5
-
-
-def config(batch_size: int, teacher: str, placement: str) -> TrainConfig:
-    terms = {
+STEPS, GLOBAL_BATCH = 5, 16
+# A large eps makes Adam's step smooth in the gradient: with a small one, the rounding of a gradient that is nearly zero
+# decides the sign of a whole step, and any two orders of summation part ways.
+LR, EPS = 0.02, 1e-2
+ENGINES = ["ddp", "zero1", "zero2", "zero3"]
+ACCUMULATE = [1, 2, 4]
+RANKS = [1, 2, 4]
+PRECISIONS = ["fp32", "bf16"]
+TERMS = {
+    "clip_kd": {
         "clip": {"kind": "clip"},
-        "feature": {"kind": "feature_mse", "weight": 20, "confidence": True},
-        "kl": {"kind": "logit_kl", "confidence": True},
-        "icl": {"kind": "interactive_contrastive", "scale": "own"},
-    }
+        "feature": {"kind": "feature_mse", "weight": 20, "confidence": True, "teacher": "first"},
+        "kl": {"kind": "logit_kl", "confidence": True, "teacher": "second"},
+        "icl": {"kind": "interactive_contrastive", "scale": "own", "teacher": "first"},
+    },
+    "gcl_kd": {
+        "gcl": {"kind": "global_contrastive", "variant": "v3", "gamma": 0.6, "rho": 11.0},
+        "tempnet": {
+            "kind": "global_contrastive",
+            "gamma": 0.6,
+            "temperature": "network",
+            "network": {"prototypes": 5, "lr": 1e-3},  # its Adam has an eps of 1e-8, see LR
+        },
+        "kl": {"kind": "logit_kl", "confidence": True, "teacher": "second"},
+        "fusion": {"kind": "augmented_feature", "teacher": "first"},
+    },
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One combination of the table, but for the number of ranks."""
+
+    engine: str
+    accumulate: int
+    objective: str
+    precision: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.objective}-{self.engine}-x{self.accumulate}-{self.precision}"
+
+    @property
+    def stage(self) -> int:
+        return int(self.engine.removeprefix("zero")) if self.engine.startswith("zero") else 0
+
+
+ALL = [Cell(*parts) for parts in itertools.product(ENGINES, ACCUMULATE, TERMS, PRECISIONS)]
+CELLS = {
+    "reference": [Cell("ddp", 1, objective, "fp32") for objective in TERMS],  # for one process, which has no DDP
+    "some": [cell for cell in ALL if cell.accumulate < 4 and cell.precision == "fp32"],
+    "all": ALL,
+}
+
+
+def config(cell: Cell, teacher: str) -> TrainConfig:
+    first = {"path": teacher, "placement": "replicated" if cell.engine == "zero1" else "engine"}
     return validate(
         TrainConfig,
         {
             "name": "parity",
-            "precision": "fp32",
-            "data": {"shards": "none", "batch_size": batch_size},
+            "precision": cell.precision,
+            "data": {"shards": "none", "global_batch_size": GLOBAL_BATCH},
             "student": {"arch": tiny.arch(22, 7, layers=2), "projector": "linear"},
-            "teacher": {"path": teacher, "placement": placement},
-            "objective": {"terms": terms, "chunk_rows": 3},
-            # A large eps makes Adam's step smooth in the gradient: with a small one, the rounding of a gradient that is
-            # nearly zero decides the sign of a whole step, and any two orders of summation part ways.
-            "optim": {"lr": 0.1, "eps": 1e-2, "steps": STEPS, "weight_decay": 0.1, "temperature_lr": 1e-2},
+            "teachers": {"first": first, "second": {"path": teacher, "temperature": 0.2}},
+            "objective": {"terms": TERMS[cell.objective], "chunk_rows": 3},
+            "train": {"accumulate": cell.accumulate},
+            "optim": {
+                "lr": LR,
+                "eps": EPS,
+                "steps": STEPS,
+                "weight_decay": 0.1,
+                "layer_decay": 0.5,
+                "temperature_lr": 1e-2,
+            },
         },
     )
 
 
-def global_batch(step: int, size: int) -> Batch:
+def batches_of_rank(step: int, accumulate: int) -> list[Batch]:
+    """This rank's micro-batches of a global batch that is the same in every cell."""
     generator = torch.Generator().manual_seed(step)
-    image = torch.randint(0, 256, (size, 3, 32, 32), dtype=torch.uint8, generator=generator)
-    text = torch.randint(1, 49408, (size, 12), generator=generator)
-    return Batch(torch.arange(size), image, {"student": text, "teacher": text})
-
-
-def rows_of_rank(batch: Batch) -> Batch:
-    b = len(batch.ids) // distributed.world_size()
-    mine = slice(distributed.rank() * b, (distributed.rank() + 1) * b)
-    return Batch(batch.ids[mine], batch.image[mine], {name: tokens[mine] for name, tokens in batch.text.items()})
+    image = torch.randint(0, 256, (GLOBAL_BATCH, 3, 32, 32), dtype=torch.uint8, generator=generator)
+    text = torch.randint(1, 49408, (GLOBAL_BATCH, 12), generator=generator)
+    b = GLOBAL_BATCH // distributed.world_size() // accumulate
+    starts = [(distributed.rank() * accumulate + k) * b for k in range(accumulate)]
+    parts = [slice(start, start + b) for start in starts]
+    names = ("student", "first", "second")
+    return [Batch(torch.arange(GLOBAL_BATCH)[p], image[p], dict.fromkeys(names, text[p])) for p in parts]
 
 
 def gradients(engine: Engine) -> dict:
@@ -69,46 +122,57 @@ def gradients(engine: Engine) -> dict:
     return {name: full(p).detach().float().cpu().clone() for name, p in engine.student.named_parameters()}
 
 
-def train(name: str, size: int, teacher_path: str) -> dict:
-    """Five steps; losses, the first step's gradients, the last parameters, under keys that name the engine."""
-    stage = int(name.removeprefix("zero")) if name.startswith("zero") else 0
-    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true" if stage else "false"
-    os.environ["ACCELERATE_DEEPSPEED_ZERO_STAGE"] = str(stage)
-    b = size // int(os.environ.get("WORLD_SIZE", "1"))
-    placement = "replicated" if name == "zero1" else "engine"
-    wanted = config(b, teacher_path, placement)
-    accelerator = start_accelerator(precision="fp32", batch_size=b, grad_clip_norm=wanted.optim.grad_clip_norm)
-    torch.manual_seed(1)
-    teacher = Teacher(wanted.teacher)
-    student = Student(wanted.student, {"teacher": teacher.embed_dim})
-    objective = Objective(wanted.objective, teachers={"teacher": teacher.spec})
-    engine = Engine(
-        accelerator, student, {"teacher": teacher}, optimizer=build_optimizer(student, wanted.optim), config=wanted
+def start(cell: Cell, teacher: str) -> tuple[TrainConfig, Engine, Objective]:
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true" if cell.stage else "false"
+    os.environ["ACCELERATE_DEEPSPEED_ZERO_STAGE"] = str(cell.stage)
+    wanted = config(cell, teacher)
+    b = GLOBAL_BATCH // int(os.environ.get("WORLD_SIZE", "1")) // cell.accumulate
+    accelerator = start_accelerator(
+        precision=cell.precision,
+        batch_size=b,
+        grad_clip_norm=wanted.optim.grad_clip_norm,
+        accumulate=cell.accumulate,
     )
+    torch.manual_seed(1)
+    teachers = assembly.build_teachers(wanted)
+    student = assembly.build_student(wanted, teachers)
+    specs = {name: teacher.spec for name, teacher in teachers.items()}
+    objective = Objective(wanted.objective, teachers=specs, widths=student.widths, num_ids=GLOBAL_BATCH)
+    engine = Engine(accelerator, student, teachers, optimizer=build_optimizer(student, wanted.optim), config=wanted)
     engine.module.train()
+    return wanted, engine, objective
+
+
+def train(cell: Cell, teacher: str) -> dict:
+    """Five steps; losses, the first step's gradients, the last parameters and memory."""
+    wanted, engine, objective = start(cell, teacher)
     result = {}
     for step in range(STEPS):
-        batch = rows_of_rank(global_batch(step, size))
-        features, targets = engine.forward(batch)
-        outcome = objective(features, targets, Progress(step))
-        engine.backward(features, outcome.gradients)
+        batches = batches_of_rank(step, cell.accumulate)
+        features, targets = engine.forward(batches)
+        progress, ids = Progress(step, epoch=float(step)), torch.cat([batch.ids for batch in batches])
+        outcome = objective(features, targets, progress, ids=ids)
+        engine.backward(outcome.gradients)
         if step == 0:
             result |= {f"gradient.{key}": value for key, value in gradients(engine).items()}
-            result |= {f"gradient.objective.{key}": p.grad.clone() for key, p in objective.named_parameters()}
+            own = {key: p.grad for key, p in objective.named_parameters() if p.grad is not None}
+            result |= {f"gradient.objective.{key}": gradient.clone() for key, gradient in own.items()}
         applied, grad_norm = engine.step(wanted.optim.lr)
-        objective.step(Progress(step), lr=wanted.optim.lr, temperature_lr=wanted.optim.temperature_lr)
-        result |= {f"loss.{step}": outcome.loss.clone(), f"grad_norm.{step}": torch.tensor(grad_norm)}
         assert applied
-    result |= {f"parameter.{key}": value for key, value in engine.weights().items()}
-    result |= {f"parameter.objective.{key}": p.detach().clone() for key, p in objective.named_parameters()}
-    return {key: value.contiguous() for key, value in result.items()}
+        objective.step(progress, lr=wanted.optim.lr, temperature_lr=wanted.optim.temperature_lr)
+        result |= {f"loss.{step}": outcome.loss.clone(), f"grad_norm.{step}": torch.tensor(grad_norm)}
+    result |= {f"parameter.{key}": value for key, value in engine.masters.weights().items()}
+    result |= {f"parameter.objective.{key}": value for key, value in objective.state_dict().items()}
+    end_accelerator()
+    return {key: value.detach().float().contiguous() for key, value in result.items()}
 
 
 def main() -> None:
-    out, teacher, size, name = sys.argv[1:]
-    results = train(name, int(size), teacher)
-    if distributed.is_main():
-        save_file(results, out)
+    folder, teacher, cells = sys.argv[1:]
+    for cell in CELLS[cells]:
+        result = train(cell, teacher)
+        if distributed.is_main():
+            save_file(result, Path(folder) / f"{cell.name}-{distributed.world_size()}.safetensors")
     distributed.end_process(0)
 
 

@@ -1,0 +1,74 @@
+"""A config's parts as objects that fit together: teachers, student, loader, objective."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from kd_accel import distributed
+from kd_accel.config import TrainConfig, teachers_of
+from kd_accel.data.loader import TrainLoader
+from kd_accel.fit import check_class_width, check_fit
+from kd_accel.models.class_embeddings import class_embeddings
+from kd_accel.models.student import Student
+from kd_accel.models.teacher import Teacher
+from kd_accel.objective import Objective
+from kd_accel.schema import ConfigError
+from kd_accel.terms import LabelCE, MaskedFeatureMSE
+
+
+def build_teachers(config: TrainConfig) -> dict[str, Teacher]:
+    """By name, frozen. Raises ConfigError when a model or its weights are not to be had."""
+    return {name: Teacher(section, name=name) for name, section in teachers_of(config).items()}
+
+
+def build_student(config: TrainConfig, teachers: dict[str, Teacher]) -> Student:
+    """With the masked view that a term asks for. Raises ConfigError."""
+    ratios = {t.mask_ratio for t in config.objective.terms.values() if isinstance(t, MaskedFeatureMSE)}
+    if len(ratios) > 1:
+        raise ConfigError(f"objective.terms: masked_feature_mse with mask_ratio {sorted(ratios)}: one view is made")
+    dims = {name: teacher.embed_dim for name, teacher in teachers.items()}
+    return Student(config.student, dims, mask_ratio=next(iter(ratios), None))
+
+
+def build_loader(config: TrainConfig, student: Student, teachers: dict[str, Teacher]) -> TrainLoader:
+    """Of this rank's part of every global batch. Raises ConfigError for unusable data."""
+    return TrainLoader(
+        config.data,
+        contracts={name: model.contract for name, model in {"student": student, **teachers}.items()},
+        seed=config.seed,
+        rank=distributed.rank(),
+        world_size=distributed.world_size(),
+        accumulate=config.train.accumulate,
+    )
+
+
+def build_objective(
+    config: TrainConfig, student: Student, teachers: dict[str, Teacher], loader: TrainLoader
+) -> Objective:
+    """For what these models and data are. Raises ConfigError for terms that do not fit them."""
+    specs = {name: teacher.spec for name, teacher in teachers.items()}
+    sizes = {"num_samples": loader.num_samples, "global_batch": loader.global_batch}
+    check_fit(config.objective, widths=student.widths, teachers=specs, **sizes)
+    return Objective(
+        config.objective,
+        log_scale=student.scale.log_scale,
+        teachers=specs,
+        widths=student.widths,
+        num_ids=loader.num_samples,
+        class_embeddings=_class_embeddings(config, student, teachers),
+        betas=config.optim.betas,
+        eps=config.optim.eps,
+    )
+
+
+def _class_embeddings(config: TrainConfig, student: Student, teachers: dict[str, Teacher]) -> dict[str, Tensor]:
+    """[C, d] by the term that uses them. Raises ConfigError when they are not of the student's width."""
+    found = {}
+    for name, term in config.objective.terms.items():
+        if not isinstance(term, LabelCE) or term.classes is None:
+            continue
+        key = f"objective.terms.{name}.classes"
+        teacher = teachers.get(term.teacher or next(iter(teachers), None))
+        found[name] = class_embeddings(term.classes, templates=term.templates, teacher=teacher, key=key)
+        check_class_width(key, found[name], student.widths)
+    return found

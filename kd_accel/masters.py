@@ -1,0 +1,175 @@
+"""The student's fp32 weights and the optimizer's moments by parameter name, whatever the engine and its partitions."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from timm.optim import Lamb
+from torch import Tensor, nn
+
+from kd_accel import distributed
+from kd_accel.models.student import Student
+
+MOMENTS = ("exp_avg", "exp_avg_sq")  # what AdamW remembers of each parameter
+EMA = "ema"  # the moving average of each parameter lies beside them, so that it is cut, gathered and saved as they are
+
+
+@dataclass
+class OptimizerState:
+    """AdamW's memory by parameter name, free of rank, stage and engine; fp32 on the CPU, filled on rank 0 only."""
+
+    step: int  # optimizer steps applied
+    moments: dict[str, dict[str, Tensor]]  # exp_avg | exp_avg_sq | ema -> parameter name -> tensor
+
+
+class Masters:
+    """The fp32 state behind a prepared student. Every method is collective."""
+
+    def __init__(self, student: Student, module: nn.Module, optimizer: torch.optim.Optimizer, *, zero_stage: int):
+        """`module` and `optimizer` as Accelerate prepared them; stage 0 is one process or DDP."""
+        self._student, self._module, self._optimizer, self._stage = student, module, optimizer, zero_stage
+
+    def weights(self) -> dict[str, Tensor]:
+        """The student's parameters, from the fp32 masters, and its buffers: name -> fp32 CPU tensor. Collective.
+
+        Complete on rank 0; empty on the others, which only take part.
+        """
+        state = {}
+        for name, parameter in self._student.named_parameters():
+            full = self._full(parameter)
+            if distributed.is_main():
+                state[name] = full.detach().float().cpu().clone()
+        if distributed.is_main():
+            persistent = self._student.state_dict().keys() - state.keys()
+            state |= {n: b.detach().cpu().clone() for n, b in self._student.named_buffers() if n in persistent}
+        return state
+
+    def load_weights(self, state: dict[str, Tensor]) -> None:
+        """Set parameters (masters and low-precision copies) and buffers from the fp32 `state`, which every rank has."""
+        buffers = dict(self._student.named_buffers())
+        for name, parameter in self._student.named_parameters():
+            self._set_full(parameter, state[name])
+        for name in state.keys() & buffers.keys():
+            buffers[name].copy_(state[name])
+
+    def optimizer_state(self) -> OptimizerState:
+        """AdamW's memory by parameter name; collective, complete on rank 0."""
+        inner = self._adamw()
+        # AdamW counts by parameter, LAMB by group
+        steps = {int(state["step"]) for state in [*inner.state.values(), *inner.param_groups] if "step" in state}
+        assert len(steps) <= 1, f"parameters took different numbers of steps: {steps}"
+        keys = [*MOMENTS, EMA] if any(EMA in state for state in inner.state.values()) else MOMENTS
+        moments: dict[str, dict[str, Tensor]] = {key: {} for key in keys}
+        self._link_moments()
+        for name, parameter in self._trained() if steps else []:
+            for key in keys:
+                full = self._full(parameter, key)
+                if distributed.is_main():
+                    moments[key][name] = full.detach().float().cpu().clone()
+        return OptimizerState(step=max(steps, default=0), moments=moments)
+
+    def load_optimizer_state(self, saved: OptimizerState) -> None:
+        """Continue from `saved`, which every rank has; the engine may be another one than the one that saved it."""
+        if saved.step == 0:
+            return
+        inner = self._adamw()
+        for held in self._held_parameters():
+            inner.state[held] = {key: torch.zeros_like(held, dtype=torch.float32) for key in saved.moments}
+        counted = inner.param_groups if isinstance(inner, Lamb) else inner.state.values()
+        for state in counted:
+            state["step"] = torch.tensor(float(saved.step))
+        self._link_moments()
+        for name, parameter in self._trained():
+            for key, moments in saved.moments.items():
+                self._set_full(parameter, moments[name], key)
+
+    @torch.no_grad()
+    def average(self, decay: float) -> None:
+        """Move the average of the weights towards them, after a step; it starts at the weights of its first call.
+
+        Polyak's average with exponential weights, as timm's ModelEma: average <- decay average + (1 - decay) weights.
+        """
+        state = self._adamw().state
+        for held in self._held_parameters():
+            if EMA in state[held]:
+                state[held][EMA].lerp_(held, 1 - decay)
+            else:
+                state[held][EMA] = held.detach().clone()
+
+    def _link_moments(self) -> None:
+        """Let DeepSpeed 0.19 find the moments of every group under ZeRO-1 and 2.
+
+        By itself it links them once, in the middle of the first step, when only the first group has any.
+        """
+        if self._stage in (1, 2) and self._adamw().state:
+            self._zero._hp_optimizer_states_linked = False
+            self._zero._lazy_init_hp_params_optimizer_state()
+
+    def _trained(self) -> list[tuple[str, nn.Parameter]]:
+        return [(name, p) for name, p in self._student.named_parameters() if p.requires_grad]
+
+    @property
+    def _zero(self):
+        """DeepSpeed's ZeRO optimizer."""
+        return self._module.optimizer
+
+    def _adamw(self) -> torch.optim.Optimizer:
+        """The torch optimizer that really steps: over our parameters, or over DeepSpeed's flat partitions of them."""
+        return self._zero.optimizer if self._stage else self._optimizer.optimizer
+
+    def _held_parameters(self) -> list[Tensor]:
+        """What AdamW keeps its state by: our parameters, or this rank's flat partitions of them."""
+        match self._stage:
+            case 0:
+                return [p for group in self._adamw().param_groups for p in group["params"]]
+            case 3:
+                return self._zero.fp32_partitioned_groups_flat
+        return self._zero.single_partition_of_fp32_groups
+
+    def _full(self, parameter: nn.Parameter, key: str | None = None) -> Tensor:
+        """The whole fp32 parameter, or its moment `key`, on every rank."""
+        if not self._stage:
+            return parameter if key is None else self._adamw().state[parameter][key]
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        return safe_get_full_fp32_param(parameter) if key is None else safe_get_full_optimizer_state(parameter, key)
+
+    @torch.no_grad()
+    def _set_full(self, parameter: nn.Parameter, value: Tensor, key: str | None = None) -> None:
+        """The inverse of `_full`; `value` is the same on every rank."""
+        value = value.to(parameter.device)
+        if not self._stage:
+            self._full(parameter, key).copy_(value)
+            return
+        if self._stage == 3:
+            self._set_partition(parameter, value, key)
+        elif key is None:
+            parameter.set_full_hp_param(value.float())
+        else:
+            parameter.set_full_hp_param(value.float(), key)
+        if key is None:
+            with self._gathered(parameter):
+                parameter.copy_(value)
+
+    def _set_partition(self, parameter: nn.Parameter, value: Tensor, key: str | None) -> None:
+        """ZeRO-3: write this rank's slice; DeepSpeed's own full setter cannot, where the last slice is padded."""
+        from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
+
+        size = parameter.ds_tensor.numel()
+        padded = F.pad(value.float().flatten(), (0, size * distributed.world_size() - value.numel()))
+        mine = padded[size * distributed.rank() : size * (distributed.rank() + 1)]
+        if key is None:
+            safe_set_local_fp32_param(parameter, mine)
+        else:
+            safe_set_local_optimizer_state(parameter, mine, key)
+
+    def _gathered(self, parameter: nn.Parameter):
+        """A context in which the parameter's own (low-precision) data is whole and writable."""
+        if self._stage != 3:
+            return nullcontext()
+        import deepspeed
+
+        return deepspeed.zero.GatheredParameters([parameter], modifier_rank=0)

@@ -1,0 +1,102 @@
+"""When a checkpoint is written, and that a failure to write one costs nothing but that one."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from pathlib import Path
+
+from kd_accel import distributed
+from kd_accel.checkpoint import TrainState, drop_partial, folder_for, publish, take_snapshot, write
+from kd_accel.config import TrainConfig
+from kd_accel.engine import Engine
+from kd_accel.objective import Objective
+from kd_accel.schema import ConfigError
+
+log = logging.getLogger("kd_accel")
+
+
+class Saver:
+    """Writes checkpoints of one run, in the foreground or behind the training's back; at most one at a time.
+
+    Only `save` and `finish` talk to other ranks; every rank calls them at the same steps.
+    """
+
+    def __init__(self, run: Path, config: TrainConfig, *, steps_per_epoch: int, total_steps: int):
+        self._run, self._config, self._total_steps = run, config, total_steps
+        every_minutes = config.save.every_minutes
+        self._every_steps = config.save.every_steps or (None if every_minutes else steps_per_epoch)
+        self._seconds = None if every_minutes is None else 60 * every_minutes
+        self._last_time = time.monotonic()
+        self._snapshot_step: int | None = None  # of the checkpoint under way
+        self._thread: threading.Thread | None = None
+        self._result: tuple[dict[str, list], str | None] = {}, None  # files written by this rank, what went wrong
+        self.saved: Path | None = None  # the newest one of this process
+        if distributed.is_main():
+            drop_partial(run)
+
+    def is_due(self, step: int) -> bool:
+        """By the number of steps; alike on every rank."""
+        return step == self._total_steps or (self._every_steps is not None and step % self._every_steps == 0)
+
+    def time_is_up(self) -> bool:
+        """By the clock of this process: ranks may differ."""
+        return self._seconds is not None and time.monotonic() - self._last_time >= self._seconds
+
+    def is_writing(self) -> bool:
+        """Whether this rank's files of the checkpoint under way are still to come."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def is_under_way(self) -> bool:
+        """Whether a checkpoint has been begun that `finish` has not seen; alike on every rank."""
+        return self._snapshot_step is not None
+
+    def save(self, *, engine: Engine, objective: Objective, state: TrainState, at_end: bool) -> None:
+        """Take a snapshot and write it: now when it is the run's last or save.background=false, else beside training.
+
+        Raises ConfigError when the last one cannot be written.
+        """
+        if self.is_under_way():
+            self.finish()
+        self._last_time = time.monotonic()
+        snapshot = take_snapshot(engine=engine, objective=objective, state=state, config=self._config)
+        self._snapshot_step = snapshot.step
+        self._thread = threading.Thread(target=self._write, args=(snapshot,), name="checkpoint")
+        self._thread.start()
+        if at_end or not self._config.save.background:
+            self.finish(must=at_end)
+
+    def finish(self, *, must: bool = False) -> None:
+        """Wait for every rank's files and publish the checkpoint under way; a failure is logged.
+
+        Raises ConfigError for a failure when the checkpoint `must` be there.
+        """
+        self._thread.join()
+        partial = folder_for(self._run, self._snapshot_step)
+        step, self._snapshot_step, self._thread = self._snapshot_step, None, None
+        results = distributed.gather_objects(self._result)
+        errors = [f"rank {rank}: {error}" for rank, (_, error) in enumerate(results) if error is not None]
+        if not errors and distributed.is_main():
+            try:
+                files = {name: mark for written, _ in results for name, mark in written.items()}
+                self.saved = publish(partial, files, self._config.save)
+            except OSError as error:
+                errors = [str(error)]
+        errors, self.saved = distributed.from_main((errors, self.saved))
+        if not errors:
+            if distributed.is_main():
+                log.info("saved %s", self.saved)
+            return
+        said = f"the checkpoint of step {step} could not be written ({errors[0]}); the newest whole one: {self.saved}"
+        if distributed.is_main():
+            drop_partial(self._run)
+            log.error("%s", said)
+        if must:
+            raise ConfigError(f"{said}: make room or set output_dir, then resume=auto goes on from there")
+
+    def _write(self, snapshot) -> None:
+        try:
+            self._result = write(snapshot, folder_for(self._run, snapshot.step)), None
+        except Exception as error:  # noqa: BLE001  the thread's last words, which `finish` passes on to every rank
+            self._result = {}, f"{type(error).__name__}: {error}"
