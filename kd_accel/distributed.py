@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 def start_process_group(timeout_s: float) -> None:
@@ -100,6 +101,16 @@ def any_rank(flags: list[bool]) -> list[bool]:
     raised = torch.tensor(flags, dtype=torch.int32, device=device)
     dist.all_reduce(raised, op=dist.ReduceOp.MAX)
     return [bool(flag) for flag in raised.tolist()]
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor that FSDP2 has cut, whole on every rank; any other one as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def cut_like(value: Tensor, tensor: Tensor) -> Tensor:
+    """This rank's part of `value`, which is alike on every rank, as FSDP2 has cut `tensor`; else `value`."""
+    return distribute_tensor(value, tensor.device_mesh, tensor.placements) if isinstance(tensor, DTensor) else value
 
 
 def gather_objects(value: Any) -> list[Any]:

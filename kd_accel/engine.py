@@ -43,6 +43,11 @@ class Engine:
         self.accelerator = accelerator
         self.grad_clip_norm = config.optim.grad_clip_norm
         self.zero_stage = accelerator.deepspeed_plugin.zero_stage if accelerator.deepspeed_plugin else 0
+        self.is_fsdp = accelerator.is_fsdp2
+        if self.is_fsdp and any(section.placement == "engine" for section in teachers_of(config).values()):
+            raise ConfigError(
+                "FSDP2 shards weights of one dtype, and a frozen teacher has another: set teacher.placement=replicated"
+            )
         if self.zero_stage and config.optim.optimizer == "lamb":
             raise ConfigError(
                 "optim.optimizer=lamb takes norms of whole parameters, which ZeRO cuts into pieces: use adamw, or"
@@ -116,6 +121,7 @@ class Engine:
             self.module.step()
             return self.module.was_step_applied(), float(self.module.get_global_grad_norm())
         norm = nn.utils.clip_grad_norm_(self.student.parameters(), self.grad_clip_norm or float("inf"))
+        norm = distributed.whole(norm)
         applied = bool(torch.isfinite(norm))
         if applied:
             self.optimizer.step()
@@ -143,6 +149,8 @@ class Engine:
         """Gradients add up; ranks exchange them after the last one (ZeRO-2 and 3, which keep parts, each time)."""
         if self.zero_stage:
             self.module.set_gradient_accumulation_boundary(last)
+        elif self.is_fsdp:
+            self.module.set_requires_gradient_sync(last)
         elif distributed.world_size() > 1 and not last:
             return self.module.no_sync()
         return nullcontext()
@@ -150,15 +158,13 @@ class Engine:
     def _check_engine(self) -> None:
         """What was prepared is what was asked for."""
         kind = type(self.module).__name__
-        wanted = (
-            "DeepSpeedEngine"
-            if self.zero_stage
-            else "DistributedDataParallel"
-            if distributed.world_size() > 1
-            else None
-        )
-        if wanted is not None:
-            assert kind == wanted, f"the launch asked for {wanted}, Accelerate prepared {kind}"
+        if self.zero_stage:
+            wanted = "DeepSpeedEngine"
+        elif self.is_fsdp:
+            wanted = "FSDPPair"
+        else:
+            wanted = "DistributedDataParallel" if distributed.world_size() > 1 else kind
+        assert kind == wanted, f"the launch asked for {wanted}, Accelerate prepared {kind}"
 
 
 def _joined(parts: list[Rows]) -> Rows:

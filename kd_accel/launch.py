@@ -26,6 +26,7 @@ def start_accelerator(
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     on_cpu = not torch.cuda.is_available()
+    _check_environment(on_cpu)
     if on_cpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     from accelerate import Accelerator, InitProcessGroupKwargs
@@ -83,11 +84,25 @@ def _deepspeed_plugin(*, precision: str, batch_size: int, grad_clip_norm: float,
         gradient_accumulation_steps=1,  # engine.py says itself which backward is a step's last
         gradient_clipping=grad_clip_norm,  # DeepSpeed's own default is 1.0
         zero_allow_untested_optimizer=True,
+        zero_force_ds_cpu_optimizer=False,  # torch's fused AdamW steps on the host as well, and needs no compiler
         bf16={"enabled": precision == "bf16"},
     )
     if accumulate > 1 and precision == "bf16" and stage > 1:  # stage 1 would get another optimizer, without our state
         plugin.deepspeed_config["data_types"] = {"grad_accum_dtype": "fp32"}
     return plugin
+
+
+def _check_environment(on_cpu: bool) -> None:
+    """What the launcher asked for and Accelerate would silently turn into something else."""
+    set_true = {name for name, value in os.environ.items() if value.lower() in ("true", "1")}
+    if on_cpu and "ACCELERATE_USE_FSDP" in set_true:
+        raise ConfigError("Accelerate runs FSDP on GPUs only, and plain DDP here without a word: use launch/zero3.yaml")
+    alone = "WORLD_SIZE" not in os.environ
+    if alone and "ACCELERATE_USE_CPU" in set_true and "MASTER_PORT" in os.environ:
+        raise ConfigError(
+            "accelerate launch --cpu starts one process, whatever --num_processes says: drop --cpu and use"
+            " launch/ddp.yaml; a machine without GPU is detected"
+        )
 
 
 def _check_launch(accelerator) -> None:

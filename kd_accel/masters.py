@@ -80,7 +80,8 @@ class Masters:
             inner.state[held] = {key: torch.zeros_like(held, dtype=torch.float32) for key in saved.moments}
         counted = inner.param_groups if isinstance(inner, Lamb) else inner.state.values()
         for state in counted:
-            state["step"] = torch.tensor(float(saved.step))
+            held = state.get(MOMENTS[0])
+            state["step"] = torch.tensor(float(saved.step), device=None if held is None else held.device)
         self._link_moments()
         for name, parameter in self._trained():
             for key, moments in saved.moments.items():
@@ -132,7 +133,7 @@ class Masters:
     def _full(self, parameter: nn.Parameter, key: str | None = None) -> Tensor:
         """The whole fp32 parameter, or its moment `key`, on every rank."""
         if not self._stage:
-            return parameter if key is None else self._adamw().state[parameter][key]
+            return distributed.whole(parameter if key is None else self._adamw().state[parameter][key])
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
         return safe_get_full_fp32_param(parameter) if key is None else safe_get_full_optimizer_state(parameter, key)
@@ -142,7 +143,8 @@ class Masters:
         """The inverse of `_full`; `value` is the same on every rank."""
         value = value.to(parameter.device)
         if not self._stage:
-            self._full(parameter, key).copy_(value)
+            held = parameter if key is None else self._adamw().state[parameter][key]
+            held.copy_(distributed.cut_like(value, held))
             return
         if self._stage == 3:
             self._set_partition(parameter, value, key)

@@ -23,8 +23,9 @@ def build_optimizer(student: nn.Module, config: OptimConfig) -> torch.optim.Opti
     """AdamW or LAMB over every trainable parameter of the student.
 
     Groups: `decay`, and `no_decay` for vectors and scalars (biases, norms, class embedding); with layer_decay each once
-    per depth. A group's `lr_scale` multiplies the learning rate of every step. foreach is off: on CPU it only copies.
-    LAMB is timm's, without its own clipping: a parameter without decay takes the plain Adam step, as in FastCLIP.
+    per depth. A group's `lr_scale` multiplies the learning rate of every step. AdamW is torch's fused kernel, which
+    works on the host as well. LAMB is timm's, without its own clipping: a parameter without decay takes the plain Adam
+    step, as in FastCLIP.
     """
     named = {name: p for name, p in student.named_parameters() if p.requires_grad}
     scales = layer_scales(list(named), config.layer_decay)
@@ -38,7 +39,7 @@ def build_optimizer(student: nn.Module, config: OptimConfig) -> torch.optim.Opti
     ]
     if config.optimizer == "lamb":
         return Lamb(groups, lr=config.lr, betas=config.betas, eps=config.eps, max_grad_norm=None)
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps)
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
 
 
 def layer_scales(names: list[str], decay: float) -> dict[str, float]:

@@ -173,3 +173,46 @@ def test_uncovered_parameter_is_noticed(launched, tiny_teacher):
     optimizer.param_groups[0]["params"].pop()
     with pytest.raises(AssertionError, match="optimizer and the trainable parameters differ"):
         Engine(accelerator, student, teachers, optimizer=optimizer, config=config)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_moving_average_of_the_masters(launched, tiny_teacher, stage, precision):
+    """By name it is decay * average + (1 - decay) * weights of the fp32 masters; a loaded one goes on."""
+    launched(stage)
+    config, decay = config_of(tiny_teacher, precision), 0.7
+    engine, _ = start(config)
+    step(engine, 0)
+    engine.masters.average(decay)
+    expected = {name: weights.clone() for name, weights in engine.masters.weights().items()}
+    for number in (1, 2, 3):
+        step(engine, number)
+        if number == 3:  # another engine takes over
+            weights, memory = engine.masters.weights(), engine.masters.optimizer_state()
+            end_accelerator()
+            launched(stage)
+            engine, _ = start(config)
+            engine.masters.load_weights(weights)
+            engine.masters.load_optimizer_state(memory)
+        engine.masters.average(decay)
+        now = engine.masters.weights()
+        expected = {name: decay * expected[name] + (1 - decay) * now[name] for name in expected}
+    average = engine.masters.optimizer_state().moments["ema"]
+    assert average.keys() == {name for name, _ in engine.student.named_parameters()}
+    for name, values in average.items():
+        torch.testing.assert_close(values, expected[name], rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_groups_keep_their_rates(launched, tiny_teacher, stage):
+    """Weight decay and learning rate of every group reach the optimizer that really steps, under each stage."""
+    launched(stage)
+    config = config_of(tiny_teacher, "fp32")
+    config = config.model_copy(update={"optim": config.optim.model_copy(update={"layer_decay": 0.5})})
+    engine, _ = start(config)
+    step(engine, 0)
+    groups = {(g["name"], g["lr_scale"]): (g["lr"], g["weight_decay"]) for g in engine.masters._adamw().param_groups}
+    scales = {1.0, 0.5, 0.25}  # one block per tower: above it, itself, below it
+    assert groups == {
+        (name, scale): (1e-2 * scale, decay) for name, decay in (("decay", 0.1), ("no_decay", 0.0)) for scale in scales
+    }

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import open_clip
 import pytest
+import torch
 from torch import nn
 
 from kd_accel.config import OptimConfig
-from kd_accel.optim import build_optimizer, learning_rates
+from kd_accel.optim import build_optimizer, layer_scales, learning_rates
 from kd_accel.schedules import Progress
 from kd_accel.schema import ConfigError, validate
 
@@ -53,3 +55,38 @@ def test_lamb_does_not_clip_by_itself():
     """The run's grad_clip_norm clips; timm's own default of 1 would do so a second time."""
     optimizer = build_optimizer(nn.Linear(2, 2), config(optimizer="lamb"))
     assert all(group["max_grad_norm"] is None for group in optimizer.param_groups)
+
+
+def test_layer_decay_counts_from_the_top_of_each_tower():
+    """ViT-B-32: 12 blocks in each tower; embeddings lie below them, projections and last norms on top."""
+    model = open_clip.create_model("ViT-B-32", device="meta", load_weights=False)
+    scales = layer_scales([name for name, _ in model.named_parameters()], 0.5)
+    for prefix in ("visual.transformer", "transformer"):
+        assert scales[f"{prefix}.resblocks.11.mlp.c_fc.weight"] == 0.5
+        assert scales[f"{prefix}.resblocks.0.mlp.c_fc.weight"] == 0.5**12
+    below = ("visual.conv1.weight", "visual.class_embedding", "visual.positional_embedding", "visual.ln_pre.weight")
+    assert {scales[name] for name in (*below, "token_embedding.weight", "positional_embedding")} == {0.5**13}
+    assert {scales[name] for name in ("visual.proj", "visual.ln_post.weight", "text_projection", "ln_final.bias")} == {
+        1
+    }
+
+
+def test_one_cycle_is_torchs():
+    """OneCycleLR with its cosine: the same rate at every step, the top after the warm-up."""
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1)
+    theirs = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, 0.1, total_steps=50, pct_start=15 / 50, final_div_factor=100
+    )
+    values = config(lr=0.1, min_lr=0.1 / 25 / 100, warmup_steps=15, schedule="one_cycle")
+    for step in range(50):
+        ours, _ = learning_rates(values, Progress(step=step), total_steps=50)
+        assert ours == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-9)
+        if step < 49:
+            optimizer.step()
+            theirs.step()
+
+
+def test_one_length():
+    """Epochs, steps or samples."""
+    with pytest.raises(ConfigError, match="exactly one of epochs, steps and samples"):
+        config(samples=100)

@@ -78,27 +78,33 @@ def read_release(directory: Path) -> tuple[nn.Module, InputContract, dict[str, A
 
 
 def resolve_release(path: str) -> Path:
-    """The release behind `path`: itself, student/ of a checkpoint, or student/ of a run's newest checkpoint.
+    """The release behind `path`: itself, or that of a checkpoint, or that of a run's newest checkpoint.
 
-    Raises ConfigError that lists what was looked for.
+    Of a checkpoint student_ema/, the moving average, where there is one, else student/. Raises ConfigError that lists
+    what was looked for.
     """
     folder = Path(path)
     if (folder / CONFIG).is_file():
         return folder
-    if (folder / "student" / CONFIG).is_file():
-        return folder / "student"
+    if (release := _of_checkpoint(folder)) is not None:
+        return release
     latest = folder / "checkpoints" / "latest"
     if latest.is_file():
-        release = latest.parent / latest.read_text(encoding="utf-8").strip() / "student"
-        if (release / CONFIG).is_file():
+        newest = latest.parent / latest.read_text(encoding="utf-8").strip()
+        if (release := _of_checkpoint(newest)) is not None:
             return release
-        raise ConfigError(f"{path}: {latest} names {release.parent.name}, but there is no {release / CONFIG}")
+        raise ConfigError(f"{path}: {latest} names {newest.name}, but there is no {newest / 'student' / CONFIG}")
     if not folder.is_dir():
         raise ConfigError(f"{path}: no such directory (a release, a checkpoint or a run is needed)")
     raise ConfigError(
         f"{path}: no model here; looked for {CONFIG} (a release), student/{CONFIG} (a checkpoint)"
         " and checkpoints/latest (a run with a checkpoint)"
     )
+
+
+def _of_checkpoint(folder: Path) -> Path | None:
+    found = [folder / name for name in ("student_ema", "student") if (folder / name / CONFIG).is_file()]
+    return next(iter(found), None)
 
 
 # Writing --------------------------------------------------------------------------------------------------------------

@@ -11,7 +11,11 @@ from pathlib import Path
 
 import tiny
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
+from open_clip.transformer import ResidualAttentionBlock
 from safetensors.torch import save_file
+from torch import nn
+from torch.distributed.fsdp import fully_shard
 
 from kd_accel import assembly, distributed
 from kd_accel.config import TrainConfig
@@ -27,7 +31,7 @@ STEPS, GLOBAL_BATCH = 5, 16
 # A large eps makes Adam's step smooth in the gradient: with a small one, the rounding of a gradient that is nearly zero
 # decides the sign of a whole step, and any two orders of summation part ways.
 LR, EPS = 0.02, 1e-2
-ENGINES = ["ddp", "zero1", "zero2", "zero3"]
+ENGINES = ["ddp", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"]
 ACCUMULATE = [1, 2, 4]
 RANKS = [1, 2, 4]
 PRECISIONS = ["fp32", "bf16"]
@@ -67,19 +71,20 @@ class Cell:
 
     @property
     def stage(self) -> int:
-        return int(self.engine.removeprefix("zero")) if self.engine.startswith("zero") else 0
+        return int(self.engine[4]) if self.engine.startswith("zero") else 0
 
 
 ALL = [Cell(*parts) for parts in itertools.product(ENGINES, ACCUMULATE, TERMS, PRECISIONS)]
 CELLS = {
     "reference": [Cell("ddp", 1, objective, "fp32") for objective in TERMS],  # for one process, which has no DDP
-    "some": [cell for cell in ALL if cell.accumulate < 4 and cell.precision == "fp32"],
+    "some": [Cell(*parts, "fp32") for parts in itertools.product([*ENGINES[:4], "fsdp2"], [1, 2], TERMS)],
     "all": ALL,
 }
 
 
 def config(cell: Cell, teacher: str) -> TrainConfig:
-    first = {"path": teacher, "placement": "replicated" if cell.engine == "zero1" else "engine"}
+    first = {"path": teacher, "placement": "replicated" if cell.engine in ("zero1", "fsdp2") else "engine"}
+    second = {"path": teacher, "placement": "replicated" if cell.engine == "fsdp2" else "engine", "temperature": 0.2}
     return validate(
         TrainConfig,
         {
@@ -87,7 +92,7 @@ def config(cell: Cell, teacher: str) -> TrainConfig:
             "precision": cell.precision,
             "data": {"shards": "none", "global_batch_size": GLOBAL_BATCH},
             "student": {"arch": tiny.arch(22, 7, layers=2), "projector": "linear"},
-            "teachers": {"first": first, "second": {"path": teacher, "temperature": 0.2}},
+            "teachers": {"first": first, "second": second},
             "objective": {"terms": TERMS[cell.objective], "chunk_rows": 3},
             "train": {"accumulate": cell.accumulate},
             "optim": {
@@ -114,17 +119,40 @@ def batches_of_rank(step: int, accumulate: int) -> list[Batch]:
     return [Batch(torch.arange(GLOBAL_BATCH)[p], image[p], dict.fromkeys(names, text[p])) for p in parts]
 
 
+class Fsdp2OnCpu:
+    """What Accelerate prepares for FSDP2 on GPUs; on a CPU it would prepare DDP."""
+
+    is_fsdp2, deepspeed_plugin = True, None
+
+    def __init__(self, accelerator):
+        self.device = accelerator.device
+
+    def prepare(self, pair: nn.Module, optimizer: torch.optim.Optimizer):
+        names = {p: name for name, p in pair.named_parameters()}
+        members = [[names[p] for p in group["params"]] for group in optimizer.param_groups]
+        for block in [module for module in pair.modules() if isinstance(module, ResidualAttentionBlock)]:
+            fully_shard(block)
+        fully_shard(pair)
+        sharded = dict(pair.named_parameters())
+        for group, held in zip(optimizer.param_groups, members, strict=True):
+            group["params"] = [sharded[name] for name in held]
+        return pair, AcceleratedOptimizer(optimizer)
+
+
 def gradients(engine: Engine) -> dict:
     """Every gradient whole, as the optimizer is about to see it (before clipping)."""
     from deepspeed.utils import safe_get_full_grad
 
-    full = safe_get_full_grad if engine.zero_stage else lambda parameter: parameter.grad
+    full = safe_get_full_grad if engine.zero_stage else lambda parameter: distributed.whole(parameter.grad)
     return {name: full(p).detach().float().cpu().clone() for name, p in engine.student.named_parameters()}
 
 
 def start(cell: Cell, teacher: str) -> tuple[TrainConfig, Engine, Objective]:
     os.environ["ACCELERATE_USE_DEEPSPEED"] = "true" if cell.stage else "false"
     os.environ["ACCELERATE_DEEPSPEED_ZERO_STAGE"] = str(cell.stage)
+    offload = cell.engine.endswith("offload")
+    os.environ["ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE"] = "cpu" if offload else "none"
+    os.environ["ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE"] = "cpu" if offload and cell.stage == 3 else "none"
     wanted = config(cell, teacher)
     b = GLOBAL_BATCH // int(os.environ.get("WORLD_SIZE", "1")) // cell.accumulate
     accelerator = start_accelerator(
@@ -133,6 +161,8 @@ def start(cell: Cell, teacher: str) -> tuple[TrainConfig, Engine, Objective]:
         grad_clip_norm=wanted.optim.grad_clip_norm,
         accumulate=cell.accumulate,
     )
+    if cell.engine == "fsdp2":
+        accelerator = Fsdp2OnCpu(accelerator)
     torch.manual_seed(1)
     teachers = assembly.build_teachers(wanted)
     student = assembly.build_student(wanted, teachers)
