@@ -79,6 +79,7 @@ def _deepspeed_plugin(*, precision: str, batch_size: int, grad_clip_norm: float,
         raise ConfigError(
             "DeepSpeed stage 0 takes a hidden optimizer step at start-up: use stage 1, or launch/ddp.yaml"
         )
+    _check_deepspeed_config(plugin.deepspeed_config, grad_clip_norm)
     plugin.deepspeed_config.update(
         train_micro_batch_size_per_gpu=batch_size,
         gradient_accumulation_steps=1,  # engine.py says itself which backward is a step's last
@@ -90,6 +91,25 @@ def _deepspeed_plugin(*, precision: str, batch_size: int, grad_clip_norm: float,
     if accumulate > 1 and precision == "bf16" and stage > 1:  # stage 1 would get another optimizer, without our state
         plugin.deepspeed_config["data_types"] = {"grad_accum_dtype": "fp32"}
     return plugin
+
+
+def _check_deepspeed_config(config: dict, grad_clip_norm: float) -> None:
+    """What a launch file or its DeepSpeed JSON asks for and only our own config can give."""
+    given = {key: value for key, value in config.items() if value != "auto"}
+    if (steps := given.get("gradient_accumulation_steps", 1)) != 1:
+        raise ConfigError(
+            f"the launch file has gradient_accumulation_steps={steps}, which averages losses of parts: drop it, and set"
+            f" train.accumulate={steps}, which is exact"
+        )
+    if (norm := given.get("gradient_clipping", grad_clip_norm)) != grad_clip_norm:
+        raise ConfigError(
+            f"the launch file clips gradients at {norm}, optim.grad_clip_norm={grad_clip_norm}: drop the former"
+        )
+    if given.get("fp16", {}).get("enabled") not in (None, False, "auto"):
+        raise ConfigError("the DeepSpeed file turns fp16 on: drop it; precision is bf16 or fp32")
+    for key in ("optimizer", "scheduler"):
+        if key in given:
+            raise ConfigError(f"the DeepSpeed file has a section {key}: drop it; the sections optim.* decide")
 
 
 def _check_environment(on_cpu: bool) -> None:

@@ -13,9 +13,11 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
+from kd_accel import checkpoint, saver
 from kd_accel.config import TrainConfig
+from kd_accel.models.release import resolve_release
 from kd_accel.schema import ConfigError, validate
-from kd_accel.train import run
+from kd_accel.train import Trainer, run
 
 
 @pytest.fixture
@@ -204,6 +206,92 @@ def test_too_many_bad_samples_stop_the_run(config, tmp_path, train_shards):
     assert record["id"] == 0
     run(config(name="tolerant", data=data | {"max_bad_fraction": 0.05}))
     assert rows(tmp_path / "tolerant")[-1]["bad_samples"] == 2  # once per epoch
+
+
+def state_of(folder) -> dict:
+    """Every tensor of a run's newest checkpoint."""
+    latest = folder / "checkpoints" / (folder / "checkpoints" / "latest").read_text().strip()
+    return {file.name: load_file(file) for file in sorted((latest / "state").glob("*.safetensors"))}
+
+
+def assert_equal_states(ours: dict, theirs: dict) -> None:
+    assert ours.keys() == theirs.keys()
+    for file, tensors in ours.items():
+        assert tensors.keys() == theirs[file].keys()
+        assert all(torch.equal(t.nan_to_num(), theirs[file][name].nan_to_num()) for name, t in tensors.items()), file
+
+
+def test_saving_in_the_background_changes_nothing(config, tmp_path):
+    """Every step, while the next ones are computed: the same files, each of them whole."""
+    save = {"every_steps": 1, "keep_last": 99}
+    run(config(name="foreground", save=save))
+    run(config(name="background", save=save | {"background": True}))
+    assert_equal_states(state_of(tmp_path / "background"), state_of(tmp_path / "foreground"))
+    names = [path.name for path in sorted((tmp_path / "background" / "checkpoints").glob("step_*"))]
+    assert names == [f"step_{step:08d}" for step in range(1, 11)]
+    for name in names:
+        ours, theirs = (tmp_path / which / "checkpoints" / name for which in ("background", "foreground"))
+        assert checkpoint.damage(ours) is None
+        assert checkpoint.damage(theirs) is None
+        weights = "state/weights.safetensors"
+        assert (ours / weights).read_bytes() == (theirs / weights).read_bytes()
+
+
+def test_saving_by_the_clock(config, tmp_path, monkeypatch):
+    """A clock that goes three minutes a step, a checkpoint every six: after every second step."""
+    now = [0.0]
+    monkeypatch.setattr(saver.time, "monotonic", lambda: now[0])
+    advance = Trainer._advance
+    monkeypatch.setattr(Trainer, "_advance", lambda self: now.append(now.pop() + 180) or advance(self))
+    run(config(save={"every_minutes": 6, "keep_last": 99}))
+    names = [path.name for path in sorted((tmp_path / "run" / "checkpoints").glob("step_*"))]
+    assert names == [f"step_{step:08d}" for step in (2, 4, 6, 8, 10)]
+
+
+def test_average_is_kept_released_and_resumed(config, tmp_path):
+    """student_ema/ is a release of its own, what `eval RUN` takes; the average goes on after a resume."""
+    train = {"ema_decay": 0.8}
+    run(config(name="whole", train=train))
+    run(config(name="halves", train=train, optim={"lr": 1e-2, "epochs": 2}, save={"every_steps": 5, "keep_last": 9}))
+    first_half = tmp_path / "halves" / "checkpoints" / "step_00000005"
+    run(config(name="resumed", train=train, resume=str(first_half)))
+    assert_equal_states(state_of(tmp_path / "resumed"), state_of(tmp_path / "whole"))
+    released = resolve_release(str(tmp_path / "whole"))
+    assert released.name == "student_ema"
+    average = load_file(released / "open_clip_model.safetensors")["visual.proj"]
+    state = state_of(tmp_path / "whole")
+    assert torch.equal(average, state["ema.safetensors"]["clip.visual.proj"])
+    assert not torch.equal(average, state["weights.safetensors"]["clip.visual.proj"])
+
+
+def test_a_length_in_samples(config, tmp_path):
+    """Rounded up to whole steps of 8."""
+    run(config(optim={"lr": 1e-2, "samples": 20}))
+    assert rows(tmp_path / "run")[-1]["step"] == 3
+
+
+def test_accumulation_counts_micro_batches(config, tmp_path):
+    """Two micro-batches of 4 see the samples that one batch of 8 sees, and give its curve."""
+    run(config(name="whole"))
+    data = {**config().data.model_dump(), "batch_size": 4}
+    run(config(name="parts", data=data, train={"accumulate": 2}))
+    for ours, theirs in zip(rows(tmp_path / "parts"), rows(tmp_path / "whole"), strict=True):
+        assert ours["samples"] == theirs["samples"]
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-3)
+    assert "4 per process x 2 micro-batches x 1 processes = 8 samples" in (tmp_path / "parts" / "out.log").read_text()
+
+
+def test_deterministic_mode_holds_for_the_run(config):
+    """torch refuses operations without a deterministic kernel while it lasts."""
+    seen = []
+    original = Trainer.train
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            Trainer, "train", lambda self: seen.append(torch.are_deterministic_algorithms_enabled()) or original(self)
+        )
+        run(config(train={"deterministic": True}))
+        run(config(name="fast"))
+    assert seen == [True, False]
 
 
 def test_non_finite_loss_is_skipped_and_then_stops_the_run(config, tiny_teacher, tmp_path):
