@@ -21,14 +21,14 @@ pytestmark = pytest.mark.distributed
 WORKER = parity_worker.__file__
 KINDS = ("gradient", "parameter", "loss", "grad_norm")
 FP32 = 1e-5
-BF16 = {"gradient": 5e-2, "parameter": 1e-2, "loss": 3e-2, "grad_norm": 0.1}
+BF16 = {"gradient": 5e-2, "parameter": 5e-2, "loss": 3e-2, "grad_norm": 0.1}
 Results = dict[str, Tensor]
 
 
 def compute(folder, teacher, ranks: int, cells: str) -> None:
     """All of `cells` in one launch: a process group and the imports cost more than the steps."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    run_process([*launcher, WORKER, str(folder), str(teacher), cells], timeout=900)
+    run_process([*launcher, WORKER, str(folder), str(teacher), cells], timeout=1500)
 
 
 def load(folder, cell: Cell, ranks: int) -> Results:
@@ -76,7 +76,7 @@ def test_two_ranks_equal_one(some, cell):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1500)
+@pytest.mark.timeout(3000)
 def test_table(tiny_teacher, tmp_path, capsys):
     """Every engine x accumulation x ranks x objective x precision; prints the table of differences."""
     for ranks in RANKS:
