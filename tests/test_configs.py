@@ -25,6 +25,8 @@ LAUNCHERS = {
     "zero1": ("DEEPSPEED", 2, 1),
     "zero2": ("DEEPSPEED", 2, 2),
     "zero3": ("DEEPSPEED", 2, 3),
+    "zero3_offload": ("DEEPSPEED", 2, 3),
+    "fsdp2": ("FSDP", 2, None),
 }
 SMALLEST = """
 name: run
@@ -75,8 +77,10 @@ def test_accelerate_takes_the_launcher(name):
         launch_command_parser().parse_args(["--config_file", str(path), "-m", "kd_accel", "train"])
     )
     assert defaults.distributed_type.value == distributed_type
-    assert (args.use_deepspeed, args.multi_gpu) == (distributed_type == "DEEPSPEED", distributed_type == "MULTI_GPU")
+    chosen = {"DEEPSPEED": args.use_deepspeed, "MULTI_GPU": args.multi_gpu, "FSDP": args.use_fsdp}
+    assert [kind for kind, used in chosen.items() if used] == [distributed_type] * (distributed_type in chosen)
     assert args.num_processes == processes
+    assert not args.use_fsdp or args.fsdp_version == 2
     assert defaults.deepspeed_config.get("zero_stage") == stage
     assert (args.module, args.training_script, args.training_script_args) == (True, "kd_accel", ["train"])
 
