@@ -1,6 +1,6 @@
 """Trains five steps in every cell of test_parity.py's table on the ranks it is launched with; torchrun, or alone.
 
-parity_worker.py FOLDER TEACHER CELLS        writes FOLDER/<cell>-<ranks>.safetensors; CELLS: reference | some | an engine
+parity_worker.py FOLDER TEACHER CELLS      writes FOLDER/<cell>-<ranks>.safetensors; CELLS: reference | some | ENGINE
 """
 
 import itertools
