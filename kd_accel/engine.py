@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from kd_accel import distributed
 from kd_accel.config import TrainConfig, teachers_of
+from kd_accel.lamb import pieces_of
 from kd_accel.masters import Masters
 from kd_accel.models.pair import Pair
 from kd_accel.models.student import Student
@@ -38,7 +39,7 @@ class Engine:
     ):
         """Prepare student and optimizer, and with them every teacher whose placement is not `replicated`.
 
-        Raises ConfigError for an optimizer that the engine cannot run.
+        Raises ConfigError for a teacher that the engine cannot hold.
         """
         self.accelerator = accelerator
         self.grad_clip_norm = config.optim.grad_clip_norm
@@ -47,11 +48,6 @@ class Engine:
         if self.is_fsdp and any(section.placement == "engine" for section in teachers_of(config).values()):
             raise ConfigError(
                 "FSDP2 shards weights of one dtype, and a frozen teacher has another: set teacher.placement=replicated"
-            )
-        if self.zero_stage and config.optim.optimizer == "lamb":
-            raise ConfigError(
-                "optim.optimizer=lamb takes norms of whole parameters, which ZeRO cuts into pieces: use adamw, or"
-                " launch with launch/ddp.yaml"
             )
         self.student = student
         if config.precision == "bf16":
@@ -66,6 +62,9 @@ class Engine:
         exact = {name: p.detach().clone() for name, p in student.named_parameters()} if rounds else {}
         self.module, self.optimizer = accelerator.prepare(pair, optimizer)
         self._check_engine()
+        if self.zero_stage and config.optim.optimizer == "lamb":
+            zero = self.module.optimizer
+            zero.optimizer.attach(pieces_of(zero, self.zero_stage), device=accelerator.device)
         self.masters = Masters(student, self.module, self.optimizer, zero_stage=self.zero_stage)
         if rounds:
             self.masters.load_weights(exact)

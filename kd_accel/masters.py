@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from timm.optim import Lamb
 from torch import Tensor, nn
 
 from kd_accel import distributed
@@ -58,8 +57,7 @@ class Masters:
     def optimizer_state(self) -> OptimizerState:
         """AdamW's memory by parameter name; collective, complete on rank 0."""
         inner = self._adamw()
-        # AdamW counts by parameter, LAMB by group
-        steps = {int(state["step"]) for state in [*inner.state.values(), *inner.param_groups] if "step" in state}
+        steps = {int(state["step"]) for state in inner.state.values() if "step" in state}
         assert len(steps) <= 1, f"parameters took different numbers of steps: {steps}"
         keys = [*MOMENTS, EMA] if any(EMA in state for state in inner.state.values()) else MOMENTS
         moments: dict[str, dict[str, Tensor]] = {key: {} for key in keys}
@@ -77,11 +75,8 @@ class Masters:
             return
         inner = self._adamw()
         for held in self._held_parameters():
-            inner.state[held] = {key: torch.zeros_like(held, dtype=torch.float32) for key in saved.moments}
-        counted = inner.param_groups if isinstance(inner, Lamb) else inner.state.values()
-        for state in counted:
-            held = state.get(MOMENTS[0])
-            state["step"] = torch.tensor(float(saved.step), device=None if held is None else held.device)
+            moments = {key: torch.zeros_like(held, dtype=torch.float32) for key in saved.moments}
+            inner.state[held] = {"step": torch.tensor(float(saved.step), device=held.device)} | moments
         self._link_moments()
         for name, parameter in self._trained():
             for key, moments in saved.moments.items():

@@ -6,10 +6,10 @@ import re
 from collections import defaultdict
 
 import torch
-from timm.optim import Lamb
 from torch import nn
 
 from kd_accel.config import OptimConfig
+from kd_accel.lamb import Lamb
 from kd_accel.schedules import Progress, one_cycle, value_at, warmup_constant, warmup_cosine
 
 BLOCK = re.compile(r"(.*?\b(?:resblocks|blocks|layers|layer|stages))\.?(\d+)\.")  # of a tower: its name, its number
@@ -24,8 +24,7 @@ def build_optimizer(student: nn.Module, config: OptimConfig) -> torch.optim.Opti
 
     Groups: `decay`, and `no_decay` for vectors and scalars (biases, norms, class embedding); with layer_decay each once
     per depth. A group's `lr_scale` multiplies the learning rate of every step. AdamW is torch's fused kernel, which
-    works on the host as well. LAMB is timm's, without its own clipping: a parameter without decay takes the plain Adam
-    step, as in FastCLIP.
+    works on the host as well. In LAMB a parameter without decay takes the plain Adam step, as in FastCLIP.
     """
     named = {name: p for name, p in student.named_parameters() if p.requires_grad}
     scales = layer_scales(list(named), config.layer_decay)
@@ -38,7 +37,7 @@ def build_optimizer(student: nn.Module, config: OptimConfig) -> torch.optim.Opti
         for kind, scale in sorted(members)
     ]
     if config.optimizer == "lamb":
-        return Lamb(groups, lr=config.lr, betas=config.betas, eps=config.eps, max_grad_norm=None)
+        return Lamb(groups, lr=config.lr, betas=config.betas, eps=config.eps)
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
 
 

@@ -189,7 +189,7 @@ class OptimConfig(Schema):
     """The towers' optimizer, and how its learning rate moves after a linear warm-up."""
 
     optimizer: Literal["adamw", "lamb"] = "adamw"
-    """lamb: layer-wise steps for very large batches (arXiv 1904.00962); needs whole parameters, so no ZeRO."""
+    """lamb: layer-wise steps for very large batches (arXiv 1904.00962)."""
     lr: float = Field(gt=0)
     """Peak learning rate."""
     schedule: Literal["cosine", "constant", "constant_cooldown", "one_cycle"] = "cosine"

@@ -51,12 +51,6 @@ def test_cooldown_and_its_steps_need_each_other(values):
         config(**values)
 
 
-def test_lamb_does_not_clip_by_itself():
-    """The run's grad_clip_norm clips; timm's own default of 1 would do so a second time."""
-    optimizer = build_optimizer(nn.Linear(2, 2), config(optimizer="lamb"))
-    assert all(group["max_grad_norm"] is None for group in optimizer.param_groups)
-
-
 def test_layer_decay_counts_from_the_top_of_each_tower():
     """ViT-B-32: 12 blocks in each tower; embeddings lie below them, projections and last norms on top."""
     model = open_clip.create_model("ViT-B-32", device="meta", load_weights=False)
