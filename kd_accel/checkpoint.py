@@ -29,6 +29,7 @@ from kd_accel import distributed
 from kd_accel.config import SaveConfig, TrainConfig
 from kd_accel.engine import Engine
 from kd_accel.masters import EMA, MOMENTS, OptimizerState
+from kd_accel.memory_files import load_memory, memory_snapshot
 from kd_accel.metrics import flat
 from kd_accel.models.release import write_release
 from kd_accel.objective import Objective
@@ -39,7 +40,7 @@ LATEST, FILES = "latest", "files.json"
 # Sections and keys that decide what is learned: a resumed run may not change them.
 FIXED = ("seed", "student", "teacher", "teachers", "objective", "data")
 FREE = ("data.num_workers", "data.max_bad_fraction", "data.batch_size", "data.global_batch_size")
-FREE += ("objective.chunk_rows", "student.grad_checkpointing", "teacher.placement")
+FREE += ("objective.chunk_rows", "objective.memory", "student.grad_checkpointing", "teacher.placement")
 PARTIAL = ".partial_"  # begins the name of a checkpoint that is being written
 
 
@@ -71,6 +72,7 @@ def take_snapshot(*, engine: Engine, objective: Objective, state: TrainState, co
     weights, memory = engine.masters.weights(), engine.masters.optimizer_state()
     assert memory.step == state.step - state.skipped, f"AdamW took {memory.step} steps, the loop {state}"
     tensors = {f"state/random_{distributed.rank():05d}.safetensors": random_state()}
+    tensors |= {f"state/{name}": columns for name, columns in memory_snapshot(objective).items()}
     if not distributed.is_main():
         return Snapshot(state.step, tensors, {}, {})
     tensors |= {"state/weights.safetensors": weights}
@@ -194,6 +196,7 @@ def restore(checkpoint: Path, *, engine: Engine, objective: Objective) -> TrainS
         moments = {key: load_file(folder / f"{key}.safetensors") for key in keys}
         engine.masters.load_optimizer_state(OptimizerState(step=step, moments=moments))
         objective.load_state(load_file(folder / "objective.safetensors"))
+        load_memory(folder, objective)
         if len(list(folder.glob("random_*.safetensors"))) == distributed.world_size():
             set_random_state(load_file(folder / f"random_{distributed.rank():05d}.safetensors"))
     except (OSError, SafetensorError, KeyError) as error:

@@ -1,8 +1,9 @@
 """What losses remember between steps: numbers by sample id, queues of features, running means, clusters.
 
-All of it lies in registered buffers, so it moves, casts and is saved by name. Every rank makes the same calls with the
-rows of all ranks, so every rank holds the same; nothing here talks to other ranks. B rows of all ranks, N sample ids,
-K queue length or clusters, d width.
+All of it lies in buffers, so it moves and casts with its module. Every rank makes the same calls, writing with the rows
+of all ranks: queues, means and centroids are alike on every rank, and so is what is remembered by sample id, unless it
+is sharded: then rank r of W holds the ids from r * ceil(N / W) on. What is by sample id is no part of state_dict();
+memory_files.py saves it. B rows of all ranks, b of this one, N sample ids, K queue length or clusters, d width.
 """
 
 from __future__ import annotations
@@ -11,19 +12,34 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kd_accel import distributed
+
+
+def own_ids(num_ids: int, *, sharded: bool) -> range:
+    """The sample ids that this rank remembers: all, or its ceil(N / W) of them; the last ranks may have fewer."""
+    size = -(-num_ids // distributed.world_size()) if sharded else num_ids
+    start = min(size * distributed.rank(), num_ids) if sharded else 0
+    return range(start, min(start + size, num_ids))
+
 
 class SampleMemory(nn.Module):
-    """A few numbers per sample id: one [N] fp32 buffer per column."""
+    """A few numbers per sample id: one buffer per column, of this rank's ids alone.
 
-    def __init__(self, num_ids: int, columns: dict[str, float]):
+    num_ids, ids    N, and which of them this rank holds
+    """
+
+    def __init__(
+        self, num_ids: int, columns: dict[str, float], *, sharded: bool = False, dtype: torch.dtype = torch.float32
+    ):
         """`columns`: name -> what every sample starts with."""
         super().__init__()
-        self.num_ids, self.columns = num_ids, tuple(columns)
+        self.num_ids, self.columns, self.sharded = num_ids, tuple(columns), sharded
+        self.ids = own_ids(num_ids, sharded=sharded)
         for name, initial in columns.items():
-            self.register_buffer(name, torch.full((num_ids,), float(initial)))
+            self.register_buffer(name, torch.full((len(self.ids),), initial, dtype=dtype), persistent=False)
 
     def check(self, ids: Tensor) -> None:
-        """Raises ValueError for an id that has no place here."""
+        """Raises ValueError for an id that has no place here; with the ids of all ranks, on every rank alike."""
         outside = ids[(ids < 0) | (ids >= self.num_ids)]
         if len(outside):
             raise ValueError(
@@ -32,16 +48,38 @@ class SampleMemory(nn.Module):
             )
 
     def read(self, ids: Tensor) -> dict[str, Tensor]:
-        """[b] ids -> [b] per column."""
-        return {name: getattr(self, name)[ids] for name in self.columns}
+        """[b] ids -> [b] per column; collective, b is the same on every rank.
+
+        Raises ValueError, on every rank, for an id of any rank that has no place here.
+        """
+        everyone = distributed.gather_rows({"ids": ids[:, None]})["ids"][:, 0]  # [B]
+        self.check(everyone)
+        if not self.sharded:
+            return {name: getattr(self, name)[ids] for name in self.columns}
+        places, rows = self._places(everyone)
+        found = torch.stack([getattr(self, name)[places] for name in self.columns])
+        packed = found.new_zeros(len(self.columns), len(everyone))
+        packed[:, rows] = found  # all other ranks add 0, which leaves -inf and nan what they are
+        (packed,) = distributed.sum_over_ranks([packed])
+        start = distributed.rank() * len(ids)
+        return dict(zip(self.columns, packed[:, start : start + len(ids)], strict=True))
 
     @torch.no_grad()
     def write(self, ids: Tensor, values: dict[str, Tensor]) -> None:
-        """[B] ids, [B] per column; of several rows with one id the last counts, on every device."""
-        last = _last_of_each(ids)
-        for name, rows in values.items():
+        """[B] ids, [B] per column, alike on every rank, which keeps its own ids.
+
+        Of several rows with one id the last counts, on every device.
+        """
+        places, rows = self._places(ids)
+        last = _last_of_each(places)
+        for name, written in values.items():
             column = getattr(self, name)
-            column[ids[last]] = rows[last].to(column.dtype)
+            column[places[last]] = written[rows[last]].to(column.dtype)
+
+    def _places(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """(places in this rank's columns, positions in `ids`) of those ids that this rank holds."""
+        rows = ((ids >= self.ids.start) & (ids < self.ids.stop)).nonzero()[:, 0]
+        return ids[rows] - self.ids.start, rows
 
 
 def _last_of_each(ids: Tensor) -> Tensor:
@@ -93,13 +131,22 @@ class Prototypes(nn.Module):
     """The clusters of an episode, by the student's tower, and the cluster of every sample in it.
 
     started     [] int64: the step at which the episode began, -1 before the first one
+    labels      by sample id and tower: the cluster, -1 for none
     """
 
-    def __init__(self, num_ids: int, clusters: int, *, student_width: dict[str, int], target_width: dict[str, int]):
+    def __init__(
+        self,
+        num_ids: int,
+        clusters: int,
+        *,
+        student_width: dict[str, int],
+        target_width: dict[str, int],
+        sharded: bool = False,
+    ):
         super().__init__()
         self.register_buffer("started", torch.tensor(-1))
+        self.labels = SampleMemory(num_ids, dict.fromkeys(student_width, -1), sharded=sharded, dtype=torch.int32)
         for tower, width in student_width.items():
-            self.register_buffer(f"labels_{tower}", torch.full((num_ids,), -1, dtype=torch.int32))  # [N]
             self.register_buffer(f"centroids_{tower}", torch.zeros(clusters, width))  # [K, d_student]
             self.register_buffer(f"targets_{tower}", torch.zeros(clusters, target_width[tower]))  # [K, d_target]
 
@@ -111,9 +158,9 @@ class Prototypes(nn.Module):
         """([K, d_student], [K, d_target])."""
         return getattr(self, f"centroids_{tower}"), getattr(self, f"targets_{tower}")
 
-    def labels_of(self, tower: str, ids: Tensor) -> Tensor:
-        """[b] ids -> [b] int64 clusters, -1 for samples that are in no episode."""
-        return getattr(self, f"labels_{tower}")[ids].long()
+    def labels_of(self, ids: Tensor) -> dict[str, Tensor]:
+        """[b] ids -> by tower [b] int64 clusters, -1 for samples that are in no episode; collective."""
+        return {tower: labels.long() for tower, labels in self.labels.read(ids).items()}
 
     @torch.no_grad()
     def set(self, tower: str, *, ids: Tensor, labels: Tensor, centroids: Tensor, target_centroids: Tensor) -> None:
@@ -121,8 +168,7 @@ class Prototypes(nn.Module):
 
         Of several rows with one id the last counts.
         """
-        places, last = getattr(self, f"labels_{tower}"), _last_of_each(ids)
-        places.fill_(-1)
-        places[ids[last].to(places.device)] = labels[last].to(places)
+        places = getattr(self.labels, tower).fill_(-1)
+        self.labels.write(ids.to(places.device), {tower: labels.to(places.device)})
         for kept, rows in zip(self.centroids_of(tower), (centroids, target_centroids), strict=True):
             kept.copy_(rows)

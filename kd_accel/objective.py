@@ -52,6 +52,7 @@ class Objective(nn.Module):
 
     log_scale, logit_bias   the student's temperature and bias
     own_log_scale           by term: a logit scale of its own
+    num_ids, sharded        samples in the data, and whether each rank remembers only its part of them
     recall                  by term: memory, queues, networks
     confidences             by teacher: alpha of every sample id, nan where it was never seen
     optimizer               AdamW of all that is learned here
@@ -89,12 +90,16 @@ class Objective(nn.Module):
         self.own_log_scale = nn.ParameterDict(
             {name: nn.Parameter(start.clone()) for name, term in config.terms.items() if terms.has_own_scale(term)}
         )
-        # What is remembered here, alike on every rank.
-        given = {"widths": widths or {}, "teachers": self.teachers, "num_ids": num_ids, "betas": betas, "eps": eps}
+        # What is remembered here: by sample id perhaps sharded, the rest alike on every rank.
+        self.num_ids, self.sharded = num_ids, config.memory == "sharded"
+        by_id = {"num_ids": num_ids, "sharded": self.sharded}
+        given = {"widths": widths or {}, "teachers": self.teachers, **by_id, "betas": betas, "eps": eps}
         made = {name: recall.build(name, term, **given) for name, term in config.terms.items()}
         self.recall = nn.ModuleDict({name: module for name, module in made.items() if module is not None})
         weighed = [] if num_ids is None else self._weighing()
-        self.confidences = nn.ModuleDict({name: SampleMemory(num_ids, {"alpha": math.nan}) for name in weighed})
+        self.confidences = nn.ModuleDict(
+            {name: SampleMemory(num_ids, {"alpha": math.nan}, sharded=self.sharded) for name in weighed}
+        )
         for name, embeddings in (class_embeddings or {}).items():
             self.register_buffer(f"classes_{name}", _fp32(embeddings), persistent=False)
         self._staged: dict[str, Tensor] | None = None  # what the last forward noted, of all ranks
@@ -144,7 +149,10 @@ class Objective(nn.Module):
         loss = metrics.pop("loss")
         if not torch.isfinite(loss):
             raise NonFiniteLoss(self._blame(step, metrics))
-        self._staged = step.gather_noted()
+        noted = step.gather_noted()
+        for memory in self.confidences.values():
+            memory.check(noted["ids"])
+        self._staged = noted
         gradients = {n: torch.zeros_like(rows) if rows.grad is None else rows.grad for n, rows in raw.items()}
         return Outcome(loss, metrics, gradients)
 
@@ -164,7 +172,7 @@ class Objective(nn.Module):
             memory.write(ids, _under(f"confidence/{name}.", noted))
 
     def state(self) -> dict[str, Tensor]:
-        """Everything learned and remembered here, and AdamW's moments, by name; alike on every rank."""
+        """What is learned and remembered here but for `by_id()`, and AdamW's moments, by name; alike on every rank."""
         state = {name: tensor.detach().clone() for name, tensor in self.state_dict().items()}
         return state | self.optimizer.state(dict(self.named_parameters()))
 
@@ -176,6 +184,17 @@ class Objective(nn.Module):
             raise KeyError(f"objective state: {sorted(differing)[0]}")
         self.load_state_dict(given)
         self.optimizer.load_state(dict(self.named_parameters()), state)
+
+    def by_id(self) -> dict[str, Tensor]:
+        """What this rank remembers by sample id, by name: the columns themselves, one number per id of own_ids()."""
+        memories = {name: module for name, module in self.named_modules() if isinstance(module, SampleMemory)}
+        return {
+            f"{name}.{column}": rows for name, memory in memories.items() for column, rows in memory.named_buffers()
+        }
+
+    def memory_bytes(self) -> int:
+        """Bytes of this rank that grow with the number of samples."""
+        return sum(column.nbytes for column in self.by_id().values())
 
     # One step ---------------------------------------------------------------------------------------------------------
 

@@ -15,7 +15,7 @@ import yaml
 from kd_accel.config import ReportConfig
 from kd_accel.metrics import flat, replace_text
 from kd_accel.pictures import curve, histogram
-from kd_accel.runs import OBJECTIVE, Run, read_runs
+from kd_accel.runs import MEMORY, Run, read_runs
 
 CURVES = {
     "Loss": lambda key: key == "loss" or key.startswith("loss/"),
@@ -119,7 +119,7 @@ def _confidences(runs: list[Run]) -> list[str]:
     teachers = sorted({teacher for run in runs for teacher in run.confidences or {}})
     unreadable = ", ".join(html.escape(run.name) for run in runs if run.confidences is None)
     content = (
-        f"<p class=note>No readable <code>{OBJECTIVE}</code> in the newest checkpoint of {unreadable}: "
+        f"<p class=note>No readable <code>{MEMORY}</code> in the newest checkpoint of {unreadable}: "
         "<code>kd-accel train CONFIG.yaml</code> writes it.</p>"
         if unreadable
         else ""

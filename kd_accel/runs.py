@@ -14,7 +14,7 @@ from kd_accel.metrics import read_rows
 from kd_accel.pictures import COLORS
 from kd_accel.schema import ConfigError
 
-OBJECTIVE = "state/objective.safetensors"  # of a checkpoint: there training remembers confidences, by sample id
+MEMORY = "state/memory_*.safetensors"  # of a checkpoint: there training remembers confidences, by sample id
 
 
 @dataclass(frozen=True)
@@ -66,13 +66,20 @@ def _read_confidences(path: Path) -> dict[str, np.ndarray] | None:
     if not (path / "checkpoints").is_dir():
         return {}
     from kd_accel.checkpoint import newest  # brings the whole engine with it
+    from kd_accel.memory_files import memory_files
 
     if (checkpoint := newest(path)) is None:
         return {}
     try:
-        with safe_open(checkpoint / OBJECTIVE, framework="numpy") as file:
-            keys = [key.split(".") for key in file.keys()]
-            teachers = sorted(key[1] for key in keys if key[0] == "confidences" and key[2:] == ["alpha"])
-            return {teacher: file.get_tensor(f"confidences.{teacher}.alpha") for teacher in teachers}
+        parts = [_confidences_of(file) for file in memory_files(checkpoint / "state")]
     except (OSError, SafetensorError):
         return None
+    return {teacher: np.concatenate([part[teacher] for part in parts]) for teacher in (parts[0] if parts else [])}
+
+
+def _confidences_of(file: Path) -> dict[str, np.ndarray]:
+    """By teacher, of the sample ids in one file."""
+    with safe_open(file, framework="numpy") as tensors:
+        keys = [key.split(".") for key in tensors.keys()]
+        teachers = sorted(key[1] for key in keys if key[0] == "confidences" and key[2:] == ["alpha"])
+        return {teacher: tensors.get_tensor(f"confidences.{teacher}.alpha") for teacher in teachers}

@@ -162,6 +162,10 @@ class ObjectiveConfig(Schema):
     """Start of the learnable bias on the student's logits; siglip needs it (-10 in the paper), others ignore it."""
     chunk_rows: int = Field(256, gt=0)
     """Rows of a process that are compared with all columns at a time: memory grows with chunk_rows x global batch."""
+    memory: Literal["replicated", "sharded"] = "replicated"
+    """What terms remember of each sample: on every process that of all samples, or of its share of them (sharded).
+
+    sharded divides the bytes by the number of processes, for an exchange per term and step; resume may change it."""
 
     @field_validator("terms")
     @classmethod

@@ -44,7 +44,7 @@ class Pieces:
 
     def labels(self, tower: str, term: str = "prototype") -> Tensor:
         """Of every sample id."""
-        return self.clusters(term).labels_of(tower, torch.arange(self.loader.num_samples))
+        return self.clusters(term).labels_of(torch.arange(self.loader.num_samples))[tower]
 
     def progress(self) -> Progress:
         """Before the batch that the loader gives next."""

@@ -168,6 +168,19 @@ def call(built, given: dict, progress):
     return built(given["student"], given["teachers"], progress, ids=given["ids"], labels=given["labels"])
 
 
+def state(built) -> dict[str, Tensor]:
+    """Everything learned and remembered, by name."""
+    return built.state() | {name: column.clone() for name, column in built.by_id().items()}
+
+
+def load_state(built, given: dict[str, Tensor]) -> None:
+    """Continue from what `state` returned."""
+    columns = built.by_id()
+    for name, column in columns.items():
+        column.copy_(given[name])
+    built.load_state({name: tensor for name, tensor in given.items() if name not in columns})
+
+
 def own_gradients(built) -> dict[str, Tensor]:
     """Of scales, bias and networks, by name."""
     return {f"d {name}": p.grad.clone() for name, p in built.named_parameters() if p.grad is not None}

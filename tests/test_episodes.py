@@ -8,6 +8,7 @@ from __future__ import annotations
 from itertools import islice
 
 import episode_run
+import every_term
 import pytest
 import torch
 import torch.nn.functional as F
@@ -103,9 +104,9 @@ def test_a_resumed_objective_neither_skips_nor_repeats(make):
     """In the middle of an episode it has the clusters and waits; at the end of it the next one is due."""
     pieces = make()
     pieces.train(1)
-    state = pieces.objective.state()
+    state = every_term.state(pieces.objective)
     resumed = make()
-    resumed.objective.load_state(state)
+    every_term.load_state(resumed.objective, state)
     term = resumed.objective.config.terms["prototype"]
     due = [episodes.episode_is_due(term, resumed.clusters(), Progress(step), steps=2) for step in (1, 2)]
     assert due == [False, True]
@@ -266,9 +267,9 @@ def test_a_run_trains_on_the_samples_it_has_clustered(tmp_path, train_shards, ti
     values = config_of(train_shards, tiny_teacher, {"prototype": EPISODE}).model_dump()
     config = validate(TrainConfig, values | {"output_dir": str(tmp_path), "optim": values["optim"] | {"steps": 2}})
     run(config)
-    state = load_file(tmp_path / "episodes/checkpoints/step_00000002/state/objective.safetensors")
+    state = load_file(tmp_path / "episodes/checkpoints/step_00000002/state/memory_00000_of_00001.safetensors")
     options = {"seed": config.seed, "window": config.data.shuffle_window, "global_batch": GLOBAL_BATCH}
     trained = epoch_order(load_index(expand_shards(str(train_shards)), caption="txt").shard_sizes, epoch=0, **options)
     for tower in ("image", "text"):
-        clustered = (state[f"recall.prototype.clusters.labels_{tower}"] >= 0).nonzero()[:, 0]
+        clustered = (state[f"recall.prototype.clusters.labels.{tower}"] >= 0).nonzero()[:, 0]
         assert clustered.tolist() == sorted(trained[:2].flatten().tolist())

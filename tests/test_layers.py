@@ -19,7 +19,7 @@ LAYERS = (
     ("distributed", "losses", "random_state signals"),
     ("memory", "models", "data", "blame", "replay"),
     ("objective own_optimizer chunks temperature bindings recall fit",),
-    ("launch engine masters optim lamb metrics checkpoint saver bad_samples assembly episodes evals",),
+    ("launch engine masters optim lamb metrics checkpoint memory_files saver bad_samples assembly episodes evals",),
     ("train", "evals.suite", "report pictures runs"),
     ("demo",),  # runs the other verbs
     ("cli __main__",),

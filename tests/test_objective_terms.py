@@ -69,7 +69,7 @@ def test_chunks_change_nothing(name):
         outcome = every_term.call(objective, every_term.features(), LATER)
         gradients = every_term.own_gradients(objective)
         objective.step(LATER, lr=0.01, temperature_lr=0.02)
-        results.append({**_flat(outcome), **gradients, **objective.state()})
+        results.append({**_flat(outcome), **gradients, **every_term.state(objective)})
     torch.testing.assert_close(*results, equal_nan=True)
 
 
@@ -93,30 +93,31 @@ def test_scales_have_the_derivative_of_the_loss(name):
 def test_memory_waits_for_the_step(name):
     """Forward alone remembers nothing, however often; step() does. So a step that the engine skips leaves no trace."""
     objective, given = every_term.objective([name]), every_term.features()
-    fresh = dict(objective.state())
+    fresh = every_term.state(objective)
     first, again = (_flat(every_term.call(objective, given, LATER)) for _ in range(2))
     prototypes = [key for key in fresh if "networks" in key]  # a TempNet takes its prototypes from the first batch
-    before = {key: value for key, value in objective.state().items() if key not in prototypes}
+    before = {key: value for key, value in every_term.state(objective).items() if key not in prototypes}
     torch.testing.assert_close(before, {k: v for k, v in fresh.items() if k not in prototypes}, rtol=0, atol=0)
     torch.testing.assert_close(first, again)
     objective.step(LATER, lr=0.01, temperature_lr=0.02)
-    changed = [key for key, value in objective.state().items() if key in fresh and not torch.equal(value, fresh[key])]
+    after = every_term.state(objective)
+    changed = [key for key in fresh if not torch.equal(after[key], fresh[key])]
     assert any(key.startswith("recall.") for key in changed)
 
 
 @pytest.mark.parametrize("name", TERMS)
 def test_a_saved_objective_goes_on(name):
-    """state() of one, loaded into a fresh one, gives the same next step and the same state after it."""
+    """The state of one, loaded into a fresh one, gives the same next step and the same state after it."""
     objective = every_term.objective([name])
     every_term.call(objective, every_term.features(0), LATER)
     objective.step(LATER, lr=0.01, temperature_lr=0.02)
     other = every_term.objective([name])
-    other.load_state(objective.state())
+    every_term.load_state(other, every_term.state(objective))
     results = []
     for either in (objective, other):
         outcome = every_term.call(either, every_term.features(1), LATER)
         either.step(LATER, lr=0.01, temperature_lr=0.02)
-        results.append({**_flat(outcome), **either.state()})
+        results.append({**_flat(outcome), **every_term.state(either)})
     torch.testing.assert_close(*results, rtol=0, atol=0, equal_nan=True)
 
 
@@ -134,7 +135,7 @@ def test_order_of_the_samples_carries_no_meaning(name):
             network.initialised.fill_(True)  # prototypes are the first rows of the first batch
         outcome = every_term.call(objective, every_term.rows_of(given, rows), LATER)
         objective.step(LATER, lr=0.0, temperature_lr=0.0)
-        results.append({"loss": outcome.loss, **objective.state()})
+        results.append({"loss": outcome.loss, **every_term.state(objective)})
     torch.testing.assert_close(*results)
 
 
@@ -144,7 +145,7 @@ def test_confidences_are_remembered_by_sample_id():
     given["ids"] = torch.arange(B)
     outcome = every_term.call(objective, given, LATER)
     objective.step(LATER, lr=0.0, temperature_lr=0.0)
-    alpha = objective.state()[f"confidences.{every_term.TEACHER_OF_SEVERAL}.alpha"]
+    alpha = objective.by_id()[f"confidences.{every_term.TEACHER_OF_SEVERAL}.alpha"]
     torch.testing.assert_close(alpha[:B].mean(), outcome.metrics[f"confidence/{every_term.TEACHER_OF_SEVERAL}"])
     assert alpha[B:].isnan().all()
 
@@ -218,9 +219,10 @@ def test_tempnet_has_the_derivative_of_the_loss():
         assert actual == pytest.approx((values[0] - values[1]) / (2 * step), rel=1e-4, abs=1e-8)
 
 
-def test_a_sample_id_outside_the_memory():
-    """It is named, with what to do."""
-    objective, given = every_term.objective(["gcl_v3"]), every_term.features()
+@pytest.mark.parametrize("name", ["gcl_v3", "prototype", "feature"])
+def test_a_sample_id_outside_the_memory(name):
+    """It is named, with what to do, before the step is taken."""
+    objective, given = every_term.objective([name]), every_term.features()
     given["ids"][3] = N
     with pytest.raises(ValueError, match=rf"sample id {N} is outside the memory of {N} samples.*kd-accel index"):
         every_term.call(objective, given, LATER)
@@ -241,11 +243,11 @@ def test_confidence_on_a_term_of_the_whole_batch(kind):
 def test_a_feature_that_is_not_a_number():
     """NonFiniteLoss names terms and feature; nothing is remembered of that step."""
     objective, given = every_term.objective(["gcl_v3", "dino"]), every_term.features()
-    before = objective.state()
+    before = every_term.state(objective)
     given["student"]["image"][1, 0] = math.nan
     with pytest.raises(FloatingPointError, match=r"loss/gcl_v3.* is not finite; .*student image on rank 0"):
         every_term.call(objective, given, LATER)
-    torch.testing.assert_close(objective.state(), before, rtol=0, atol=0)
+    torch.testing.assert_close(every_term.state(objective), before, rtol=0, atol=0)
 
 
 def test_a_label_beyond_the_classes():

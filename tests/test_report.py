@@ -14,6 +14,7 @@ from safetensors import torch as torch_file
 from safetensors.numpy import save_file
 
 from kd_accel.config import ObjectiveConfig, ReportConfig
+from kd_accel.memory_files import NAME, memory_snapshot
 from kd_accel.metrics import read_rows
 from kd_accel.objective import Objective
 from kd_accel.report import run, write_report
@@ -75,15 +76,19 @@ def make_run(folder, *, results=(), lr=1e-3, term="clip", steps=(1, 2, 3)):
     return folder
 
 
-def add_checkpoint(folder, *, step=3, **confidences):
-    """A checkpoint as kd-accel train writes it, of which the report reads two files: teacher -> alpha by sample id."""
+def add_checkpoint(folder, *, step=3, parts=1, **confidences):
+    """The files of a checkpoint that the report reads, and their folder: teacher -> alpha by sample id, in `parts`."""
     state = folder / f"checkpoints/step_{step:08d}/state"
     state.mkdir(parents=True)
-    remembered = {f"confidences.{teacher}.alpha": np.float32(alpha) for teacher, alpha in confidences.items()}
-    save_file({"log_scale": np.float32([2.66]), **remembered}, state / "objective.safetensors")
+    for part in range(parts if confidences else 0):
+        columns = {
+            f"confidences.{teacher}.alpha": np.array_split(np.float32(alpha), parts)[part]
+            for teacher, alpha in confidences.items()
+        }
+        save_file({"recall.gcl.memory.log_u_image": columns[min(columns)], **columns}, state / NAME.format(part, parts))
     (state / "progress.json").write_text("{}")
     (folder / "checkpoints/latest").write_text(state.parent.name)
-    return state / "objective.safetensors"
+    return state
 
 
 def confidence_section(text: str) -> str:
@@ -155,13 +160,21 @@ def test_the_newest_checkpoint_is_the_one_that_is_shown(tmp_path):
     assert "2 of 2 samples seen, mean 0.5<" in report(tmp_path, folder)[1]
 
 
+def test_the_parts_of_all_ranks_are_one_histogram(tmp_path):
+    """Sharded memory is saved by each rank, the last of which holds fewer samples."""
+    folder = make_run(tmp_path / "a")
+    add_checkpoint(folder, parts=2, teacher=[0.25, np.nan, 0.75])
+    assert "2 of 3 samples seen, mean 0.5<" in report(tmp_path, folder)[1]
+
+
 def test_what_the_objective_remembers_is_what_is_shown(tmp_path):
     """The names in the file are the objective's own."""
     config = validate(ObjectiveConfig, {"terms": {"kl": {"kind": "logit_kl", "confidence": True}}})
     objective = Objective(config, teachers={"big": TeacherSpec(embed_dim=4, logit_scale=100.0)}, num_ids=5)
     objective.confidences["big"].write(torch.tensor([1, 3]), {"alpha": torch.tensor([0.25, 0.75])})
     folder = make_run(tmp_path / "a")
-    torch_file.save_file(objective.state(), add_checkpoint(folder))
+    ((name, columns),) = memory_snapshot(objective).items()
+    torch_file.save_file(columns, add_checkpoint(folder) / name)
     assert "big<br>a: 2 of 5 samples seen, mean 0.5<" in report(tmp_path, folder)[1]
 
 
@@ -184,7 +197,7 @@ def test_a_checkpoint_that_cannot_be_read_is_named(how, tmp_path):
     """The report goes on with the other run, and says which run lacks what."""
     whole, damaged = make_run(tmp_path / "whole"), make_run(tmp_path / "damaged")
     add_checkpoint(whole, teacher=[0.25, 0.75])
-    file = add_checkpoint(damaged, teacher=[0.25, 0.75])
+    file = add_checkpoint(damaged, parts=2, teacher=[0.25, 0.75]) / NAME.format(1, 2)
     match how:
         case "gone":
             file.unlink()
@@ -194,7 +207,7 @@ def test_a_checkpoint_that_cannot_be_read_is_named(how, tmp_path):
             file.write_text("{}")
     _, text = report(tmp_path, whole, damaged)
     section = confidence_section(text)
-    assert "No readable <code>state/objective.safetensors</code> in the newest checkpoint of damaged:" in section
+    assert "No readable <code>state/memory_*.safetensors</code> in the newest checkpoint of damaged:" in section
     assert "whole: 2 of 2 samples seen" in section
     assert "damaged: 2 of 2" not in section
 

@@ -29,22 +29,25 @@ def build(
     widths: dict[str, int],
     teachers: dict[str, TeacherSpec],
     num_ids: int | None,
+    sharded: bool,
     betas: tuple[float, float],
     eps: float,
 ) -> Recall | None:
-    """The module of a term that has one. `betas` and `eps` are those of the Adam of individual temperatures."""
+    """The module of a term that has one. `sharded`: each rank remembers a part of the `num_ids` samples; `betas` and
+    `eps` are those of the Adam of individual temperatures."""
     own = getattr(term, "teacher", None) or next(iter(teachers), None)
     teacher_width = None if own is None else teachers[own].embed_dim
     match term:
         case terms.GlobalContrastive():
-            return GlobalContrast(name, term, num_ids=num_ids, width=widths.get("image"), betas=betas, eps=eps)
+            adam = {"betas": betas, "eps": eps}
+            return GlobalContrast(name, term, num_ids=num_ids, sharded=sharded, width=widths.get("image"), **adam)
         case terms.Compress() | terms.Seed():
             return Queues(name, term, widths=widths, teacher_width=teacher_width)
         case terms.Dino() | terms.ProtoCPC():
             return Centers(name, term, width=teacher_width)
         case terms.Prototype():
             external = teacher_width if term.teacher else None
-            return Clusters(name, term, num_ids=num_ids, widths=widths, target_width=external)
+            return Clusters(name, term, num_ids=num_ids, sharded=sharded, widths=widths, target_width=external)
         case terms.AugmentedFeature():
             return Fusion(name, term, widths=widths, teacher_width=teacher_width)
     return None

@@ -18,15 +18,25 @@ class Clusters(Recall):
     clusters    a Prototypes
     """
 
-    def __init__(self, name: str, term: Prototype, *, num_ids: int, widths: dict[str, int], target_width: int | None):
+    def __init__(
+        self,
+        name: str,
+        term: Prototype,
+        *,
+        num_ids: int,
+        sharded: bool,
+        widths: dict[str, int],
+        target_width: int | None,
+    ):
         super().__init__()
         self.name, self.term = name, term
         student = {tower: widths.get(f"prototype_{tower}", widths[tower]) for tower in term.match}
         targets = {ours: target_width or student_width(widths, theirs) for ours, theirs in term.match.items()}
-        self.clusters = Prototypes(num_ids, term.clusters, student_width=student, target_width=targets)
+        self.clusters = Prototypes(num_ids, term.clusters, student_width=student, target_width=targets, sharded=sharded)
 
     def prepare(self, step: Step, progress: Progress) -> None:
-        self._ids = step.ids
+        """Look up this step's samples. Raises ValueError for a sample id outside the memory."""
+        self._labels = self.clusters.labels_of(step.ids)
 
     def rows(self, chunk: Chunk, scale: Tensor) -> Tensor:
         losses = [self._tower(chunk, tower, scale) for tower in self.term.match]
@@ -34,8 +44,8 @@ class Clusters(Recall):
 
     def _tower(self, chunk: Chunk, tower: str, scale: Tensor) -> Tensor:
         rows = chunk.leaves.get(f"prototype_{tower}", chunk.leaves[tower])
-        labels = self.clusters.labels_of(tower, self._ids[chunk.rows])
         centroids, targets = self.clusters.centroids_of(tower)
+        labels = self._labels[tower][chunk.rows]
         return prototypes.prototype_contrast(rows, centroids, labels, targets, scale, self.term.target_temperature)
 
 

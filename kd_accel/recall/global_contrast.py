@@ -35,7 +35,15 @@ class GlobalContrast(Recall):
     """
 
     def __init__(
-        self, name: str, term: GlobalContrastive, *, num_ids: int, width: int, betas: tuple[float, float], eps: float
+        self,
+        name: str,
+        term: GlobalContrastive,
+        *,
+        num_ids: int,
+        sharded: bool,
+        width: int,
+        betas: tuple[float, float],
+        eps: float,
     ):
         super().__init__()
         self.name, self.term, self.betas, self.eps = name, term, betas, eps
@@ -43,9 +51,8 @@ class GlobalContrast(Recall):
         tempnets_code = term.variant in ("sogclr", "isogclr") or term.temperature == "network"
         self.as_fastclip = term.reference and not tempnets_code
         self.as_tempnet = term.reference and tempnets_code
-        self.memory = SampleMemory(
-            num_ids, {f"{what}_{tower}": v for what, v in self._columns() for tower in CONTRASTED}
-        )
+        columns = {f"{what}_{tower}": v for what, v in self._columns() for tower in CONTRASTED}
+        self.memory = SampleMemory(num_ids, columns, sharded=sharded)
         networks = CONTRASTED if term.temperature == "network" else ()
         self.networks = nn.ModuleDict(
             {tower: TempNet(width, term.network, rho=term.rho, reference=term.reference) for tower in networks}
@@ -90,7 +97,6 @@ class GlobalContrast(Recall):
         """Look up this step's samples. Raises ValueError for a sample id outside the memory."""
         if step.num_columns < 2:
             raise ValueError("global_contrastive compares different samples: raise data.batch_size above 1")
-        self.memory.check(step.ids)
         self._old = self.memory.read(step.ids)
         self._epoch = epoch = int(progress.epoch)
         self._gamma = 1.0 if epoch == 0 else value_at(self.term.gamma, replace(progress, epoch=epoch))

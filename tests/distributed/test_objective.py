@@ -17,19 +17,24 @@ import torch.distributed as dist
 from every_term import TERMS, B
 
 from kd_accel import distributed
-from kd_accel.objective import NonFiniteLoss
+from kd_accel.memory import SampleMemory
+from kd_accel.objective import NonFiniteLoss, Objective
 from kd_accel.schedules import Progress
 
 pytestmark = pytest.mark.distributed
 
 CASES = {name: [name] for name in TERMS} | {"all": [name for name in TERMS if "reference" not in TERMS[name]]}
+BY_ID = ["all", *(name for name in TERMS if name.startswith("gcl_published"))]  # between them, every column there is
 STEPS = 3
 DTYPES = {torch.float64: {"rtol": 1e-10, "atol": 1e-12}, torch.float32: {"rtol": 1e-4, "atol": 1e-5}}
 
 
-def _run(case: str, dtype: torch.dtype, chunk_rows: int, log_scale: float | None = None) -> dict[str, dict]:
+def _run(
+    case: str, dtype: torch.dtype, chunk_rows: int, *, log_scale: float | None = None, memory: str = "replicated"
+) -> dict[str, dict]:
     """Steps of this rank's rows: what is alike on all ranks, memory at the end included, and its own gradients."""
-    objective = every_term.objective(CASES[case], dtype=dtype, chunk_rows=chunk_rows, temperature={"init": 0.2})
+    options = {"chunk_rows": chunk_rows, "temperature": {"init": 0.2}, "memory": memory}
+    objective = every_term.objective(CASES[case], dtype=dtype, **options)
     if log_scale is not None:
         with torch.no_grad():
             objective.log_scale.fill_(log_scale)
@@ -43,8 +48,18 @@ def _run(case: str, dtype: torch.dtype, chunk_rows: int, log_scale: float | None
         rows |= {f"{step} {name}": gradient for name, gradient in outcome.gradients.items()}
         objective.step(progress, lr=0.01, temperature_lr=0.02)
     if dtype == torch.float64:
-        alike |= objective.state()
+        alike |= objective.state() | _remembered(objective)
     return {"alike": alike, "rows": rows}
+
+
+def _remembered(objective: Objective) -> dict[str, torch.Tensor]:
+    """Of all N samples, by name."""
+    memories = {name: module for name, module in objective.named_modules() if isinstance(module, SampleMemory)}
+    return {
+        f"{name}.{column}": rows
+        for name, memory in memories.items()
+        for column, rows in memory.read(torch.arange(every_term.N)).items()
+    }
 
 
 def _all_runs(chunk_rows: int) -> dict[str, dict]:
@@ -87,6 +102,21 @@ def test_ranks_are_one_rank(world_size, run_ranks, tmp_path_factory):
 
 def _assert_close(actual: dict, expected: dict, name: str, tolerance: dict) -> None:
     torch.testing.assert_close(actual, expected, **tolerance, equal_nan=True, msg=lambda text: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_sharded_memory_changes_nothing(world_size, run_ranks, tmp_path_factory):
+    """Each rank remembers its share of the samples: on as many ranks, the very numbers of a replicated memory; and up
+    to rounding, those of one process."""
+    ranks = _launch(run_ranks, tmp_path_factory.getbasetemp(), world_size)
+    for case in BY_ID:
+        name = f"{case} {torch.float64}"
+        one = _run(case, torch.float64, chunk_rows=B)
+        for rank in ranks:
+            _assert_close(rank["sharded"][case], rank["runs"][name], name, {"rtol": 0, "atol": 0})
+            _assert_close(rank["sharded"][case]["alike"], one["alike"], name, DTYPES[torch.float64])
+        rows = {key: torch.cat([rank["sharded"][case]["rows"][key] for rank in ranks]) for key in one["rows"]}
+        _assert_close(rows, one["rows"], name, DTYPES[torch.float64])
 
 
 def test_a_nan_on_one_rank_stops_all(run_ranks, tmp_path_factory):
@@ -133,9 +163,9 @@ def _main(job: str) -> None:
     if job == "golden":
         _check_golden()
     else:
-        torch.save(
-            {"runs": _all_runs(chunk_rows=2), "complaint": _complaint()}, Path(job) / f"rank{distributed.rank()}.pt"
-        )
+        sharded = {case: _run(case, torch.float64, chunk_rows=2, memory="sharded") for case in BY_ID}
+        found = {"runs": _all_runs(chunk_rows=2), "sharded": sharded, "complaint": _complaint()}
+        torch.save(found, Path(job) / f"rank{distributed.rank()}.pt")
     distributed.end_process(0)
 
 

@@ -135,7 +135,7 @@ def replay(file: StepFile, *, chunk_rows: int, rows: slice = slice(None)) -> Non
         progress = Progress(step=k, epoch=float(epoch), temperature=objective.temperature)
         _check_before(file, objective, numbers, k, progress)
         student = {tower: numbers[f"in.{tower}"][rows] for tower in TABLES}
-        exact.load_state(_shared(objective.state(), exact))
+        _copy_shared(objective, exact)
         outcome = objective(student, {}, progress, ids=numbers["in.idx"][rows])
         file.assert_close(outcome.loss, numbers["out.loss"], f"step{k}.out.loss")
         if "out.temp_loss" in numbers:  # ours is the sum of the two parts
@@ -158,10 +158,13 @@ def replay(file: StepFile, *, chunk_rows: int, rows: slice = slice(None)) -> Non
         _check_memory(file, objective, numbers, k)
 
 
-def _shared(state: dict, other: Objective) -> dict:
+@torch.no_grad()
+def _copy_shared(objective: Objective, other: Objective) -> None:
     """What the objective of another `reference` has as well; the bound of individual temperatures it has not."""
-    names = other.state_dict().keys()
-    return {name: tensor for name, tensor in state.items() if name in names}
+    names, columns = other.state_dict().keys(), objective.by_id()
+    other.load_state({name: tensor for name, tensor in objective.state().items() if name in names})
+    for name, column in other.by_id().items():
+        column.copy_(columns[name])
 
 
 def _temperature_lr(numbers: dict[str, Tensor]) -> float:
