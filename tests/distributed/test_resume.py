@@ -34,7 +34,8 @@ def zero(stage: int) -> dict[str, str]:
     return {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": str(stage)}
 
 
-LAUNCHES = {"one process": ([sys.executable], {}), "ZeRO-2 on two": (TWO, zero(2))}
+SHARDED = "objective.memory=sharded"  # each rank remembers its part of the samples; off by default
+LAUNCHES = {"one process": ([sys.executable], {}, []), "ZeRO-2 on two": (TWO, zero(2), [SHARDED])}
 OTHERS = {"one process": ([sys.executable], {}), "DDP on two": (TWO, {}), "ZeRO-3 on two": (TWO, zero(3))}
 
 
@@ -78,8 +79,9 @@ def kill_at(step: int, words: list[str], run, env: dict) -> None:
 @pytest.mark.parametrize("launch", LAUNCHES)
 def test_killed_and_resumed_equals_uninterrupted(launch, tmp_path, train_shards, tiny_teacher):
     """kill -9 at a random step, resume=auto: loss curve and final weights equal those of the whole run exactly."""
-    launcher, env = LAUNCHES[launch]
-    words = {name: command(launcher, tmp_path, train_shards, tiny_teacher, name) for name in ("whole", "killed")}
+    launcher, env, extra = LAUNCHES[launch]
+    given = tmp_path, train_shards, tiny_teacher
+    words = {name: command(launcher, *given, name, *extra) for name in ("whole", "killed")}
     run_process(words["whole"], env=env)
     step = random.Random().randint(SAVE_EVERY + 1, STEPS - 1)  # another one each time; shown when the test fails
     kill_at(step, words["killed"], tmp_path / "killed", env)
@@ -100,16 +102,17 @@ def test_killed_and_resumed_equals_uninterrupted(launch, tmp_path, train_shards,
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, train_shards, tiny_teacher):
-    """A ZeRO-2 run on two ranks without dropout, which draws differently on another number of ranks."""
+    """A ZeRO-2 run on two ranks without dropout, which draws differently on another number of ranks; memory sharded."""
     folder = tmp_path_factory.mktemp("whole")
-    words = command(TWO, folder, train_shards, tiny_teacher, "whole", "save.keep_last=9", "optim.eps=1e-2", dropout=0)
-    run_process(words, env=zero(2))
+    extra = ["save.keep_last=9", "optim.eps=1e-2", SHARDED]
+    run_process(command(TWO, folder, train_shards, tiny_teacher, "whole", *extra, dropout=0), env=zero(2))
     return folder / "whole"
 
 
 @pytest.mark.parametrize("launch", OTHERS)
 def test_checkpoint_goes_on_under_another_engine(launch, whole, tmp_path, train_shards, tiny_teacher):
-    """ZeRO-2's checkpoint of two ranks continues elsewhere on the same samples: the same curve, up to rounding."""
+    """ZeRO-2's checkpoint of two ranks continues elsewhere on the same samples, replicated: the same curve, up to
+    rounding."""
     launcher, env = OTHERS[launch]
     half = whole / "checkpoints" / "step_00000006"
     extra = [f"resume={half}", "optim.eps=1e-2"]
