@@ -48,7 +48,14 @@ def config() -> TrainConfig:
             "objective": {"terms": {"clip": {"kind": "clip"}}},
             # A step changes every matrix by lr of its norm: 1% leaves the rounding of one step small in the next.
             # eps: as in parity_worker.py, a large one keeps the rounding of tiny gradients from deciding signs.
-            "optim": {"lr": 1e-2, "eps": 1e-2, "steps": 9, "weight_decay": 0.1, "optimizer": "lamb"},
+            "optim": {
+                "lr": 1e-2,
+                "eps": 1e-2,
+                "steps": 9,
+                "weight_decay": 0.1,
+                "layer_decay": 0.5,
+                "optimizer": "lamb",
+            },
         },
     )
 
