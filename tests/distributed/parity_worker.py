@@ -193,7 +193,9 @@ def train(cell: Cell, teacher: str) -> dict:
         objective.step(progress, lr=wanted.optim.lr, temperature_lr=wanted.optim.temperature_lr)
         result |= {f"loss.{step}": outcome.loss.clone(), f"grad_norm.{step}": torch.tensor(grad_norm)}
     result |= {f"parameter.{key}": value for key, value in engine.masters.weights().items()}
-    result |= {f"parameter.objective.{key}": value for key, value in objective.state_dict().items()}
+    result |= {
+        f"parameter.objective.{key}": value for key, value in (objective.state_dict() | objective.by_id()).items()
+    }
     end_accelerator()
     return {key: value.detach().float().contiguous() for key, value in result.items()}
 
