@@ -15,7 +15,7 @@ def non_finite_rows(named: dict[str, Tensor], ids: Tensor | None) -> list[str]:
 
     "student image on rank 1 (sample ids 3, 9)", or its rows where there are no ids.
     """
-    found = {name: ~torch.isfinite(rows).flatten(1).all(dim=1) for name, rows in named.items()}
+    found = {name: ~torch.isfinite(rows.reshape(len(rows), -1)).all(dim=1) for name, rows in named.items()}
     mine = {name: _listed(broken, ids) for name, broken in found.items() if broken.any()}
     ranks = enumerate(distributed.gather_objects(mine))
     return [f"{name} on rank {rank} ({which})" for rank, broken in ranks for name, which in broken.items()]

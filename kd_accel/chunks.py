@@ -120,13 +120,12 @@ class Step:
         self.hardness[teacher] = (mine - everyone.mean()) / everyone.std()
 
     def inputs(self) -> dict[str, Tensor]:
-        """This rank's features of every model, without the raw rows beside unit ones, as "student image", ..."""
-        named = {"student": {n: f for n, f in self.rows.items() if not n.startswith("raw.")}, **self.teachers}
+        """This rank's features of every model as they came, [b, d] each, by name: "student image", ..."""
         return {
-            f"{who} {name}": rows
-            for who, features in named.items()
+            f"{who} {name.removeprefix('raw.')}": rows
+            for who, features in {"student": self.rows, **self.teachers}.items()
             for name, rows in features.items()
-            if not name.startswith("raw.")
+            if name.startswith("raw.")
         }
 
     def _gradient(self, name: str) -> Tensor:
