@@ -55,4 +55,9 @@ class OwnOptimizer:
         for name, parameter in parameters.items():
             keys = [key for key in MEMORY if f"adamw.{key}.{name}" in state]
             if keys:
-                self.adamw.state[parameter] = {key: state[f"adamw.{key}.{name}"].clone() for key in keys}
+                kept = {key: state[f"adamw.{key}.{name}"] for key in keys}
+                # The step stays on the host, where torch's AdamW counts.
+                self.adamw.state[parameter] = {
+                    key: value.clone() if key == "step" else value.to(parameter.device, copy=True)
+                    for key, value in kept.items()
+                }
