@@ -157,19 +157,15 @@ class Objective(nn.Module):
         return Outcome(loss, metrics, gradients)
 
     def step(self, progress: Progress, *, lr: float, temperature_lr: float) -> None:
-        """AdamW on what is learned here, and commit to memory what the last forward noted.
+        """Commit to memory what the last forward noted, and AdamW on what is learned here.
 
-        For the trainer to call exactly when the engine took its step.
+        For the trainer to call exactly when the engine took its step. In this order, because a TempNet's first step
+        starts from prototypes that are only then its own.
         """
+        if self._staged is not None:
+            self._commit(self._staged)
+            self._staged = None
         self.optimizer.step(progress, lr=lr, temperature_lr=temperature_lr)
-        if self._staged is None:
-            return
-        noted, self._staged = self._staged, None
-        ids = noted.get("ids")
-        for name, module in self.recall.items():
-            module.commit(ids, _under(f"{name}.", noted))
-        for name, memory in self.confidences.items():
-            memory.write(ids, _under(f"confidence/{name}.", noted))
 
     def state(self) -> dict[str, Tensor]:
         """What is learned and remembered here but for `by_id()`, and AdamW's moments, by name; alike on every rank."""
@@ -304,6 +300,13 @@ class Objective(nn.Module):
         summed = distributed.sum_over_ranks([torch.zeros_like(p) if p.grad is None else p.grad for p in networks])
         for parameter, gradient in zip(networks, summed, strict=True):
             parameter.grad = gradient
+
+    def _commit(self, noted: dict[str, Tensor]) -> None:
+        ids = noted.get("ids")
+        for name, module in self.recall.items():
+            module.commit(ids, _under(f"{name}.", noted))
+        for name, memory in self.confidences.items():
+            memory.write(ids, _under(f"confidence/{name}.", noted))
 
     def _blame(self, step: Step, metrics: dict[str, Tensor]) -> str:
         """Which terms, and which ranks' features, are not finite; a collective, so every rank must come here."""

@@ -1,4 +1,4 @@
-"""Where a number that is not finite came from: rows or sample ids, by feature, of every shape; through the objective."""
+"""Where a number that is not finite came from: rows or sample ids, by feature, of tensors of every shape."""
 
 from __future__ import annotations
 

@@ -206,6 +206,8 @@ def test_tempnet_has_the_derivative_of_the_loss():
     """The networks' own parameters, against one plain graph through them."""
     objective, given = every_term.objective(["gcl_tempnet"]), every_term.features()
     every_term.call(objective, given, Progress())
+    objective.step(Progress(), lr=0.0, temperature_lr=0.0)  # from here on the prototypes are its own
+    every_term.call(objective, given, Progress())
     network = objective.recall["gcl_tempnet"].networks["text"]
     for parameter in network.parameters():
         actual, index = parameter.grad.flatten()[0].item(), (0,) * parameter.ndim
@@ -248,6 +250,30 @@ def test_a_feature_that_is_not_a_number():
     with pytest.raises(FloatingPointError, match=r"loss/gcl_v3.* is not finite; .*student image on rank 0"):
         every_term.call(objective, given, LATER)
     torch.testing.assert_close(every_term.state(objective), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["gcl_tempnet", "gcl_disttempnet"])
+@pytest.mark.parametrize("value", [math.nan, None], ids=["loss is nan", "engine skips"])
+def test_a_tempnet_starts_from_a_batch_whose_step_was_taken(name, value):
+    """After a first step that is skipped everything is as before, and the next batch gives the prototypes."""
+    objective, (first, second) = every_term.objective([name]), (every_term.features(step) for step in range(2))
+    before = objective.state()
+    if value is None:
+        every_term.call(objective, first, Progress())  # and no objective.step
+    else:
+        first["student"]["text"][1, 0] = value
+        with pytest.raises(FloatingPointError):
+            every_term.call(objective, first, Progress())
+    torch.testing.assert_close(objective.state(), before, rtol=0, atol=0)
+    fresh = every_term.objective([name])
+    for built in (objective, fresh):
+        every_term.call(built, second, Progress(step=1))
+        built.step(Progress(step=1), lr=0.01, temperature_lr=0.01)
+    torch.testing.assert_close(objective.state(), fresh.state(), rtol=0, atol=0)
+    prototypes = objective.recall[name].networks["image"].prototypes.detach()
+    moved = (prototypes - second["student"]["text"][: len(prototypes)]).abs()
+    assert (moved > 0).any()
+    assert moved.max() <= 1.01 * every_term.NETWORK["lr"]  # AdamW's first step is the learning rate, or less
 
 
 def test_a_label_beyond_the_classes():

@@ -51,12 +51,18 @@ class TempNet(nn.Module):
             nn.init.ones_(self.linear_2.weight)
         self.register_buffer("initialised", torch.tensor(reference and config.head == "disttempnet"))
 
-    def forward(self, features: Tensor, keep: Tensor | None) -> Tensor:
-        """Unit, detached `features[b,d]` of its tower, their dropout_mask (None: no dropout) -> temperatures [b]."""
+    def forward(self, features: Tensor, keep: Tensor | None, first: Tensor | None = None) -> Tensor:
+        """Unit, detached `features[b,d]` of its tower, their dropout_mask (None: no dropout) -> temperatures [b].
+
+        With `first[B,d]` as after set_prototypes(first), whose gradient goes to the prototypes; nothing is changed yet.
+        """
+        prototypes = self.prototypes
+        if first is not None:
+            prototypes = self._chosen(first) + (prototypes - prototypes.detach())
         hidden = self.proj(features).sigmoid()
         if keep is not None:
             hidden = hidden * keep
-        similarity = hidden @ F.normalize(self.prototypes, dim=1).T  # [b, M]
+        similarity = hidden @ F.normalize(prototypes, dim=1).T  # [b, M]
         weights, gates = (similarity / self.scaler.exp()).softmax(dim=1), similarity.sigmoid()
         head = self._tempnet if self.config.head == "tempnet" else self._disttempnet
         return head(weights, gates)[:, 0]
@@ -67,14 +73,17 @@ class TempNet(nn.Module):
 
         Raises ValueError when there are fewer.
         """
+        self.prototypes.copy_(self._chosen(rows))
+        self.initialised.fill_(True)
+
+    def _chosen(self, rows: Tensor) -> Tensor:
         wanted = self.config.prototypes
         if len(rows) < wanted:
             raise ValueError(
                 f"network.prototypes={wanted} are taken from the first global batch, which has {len(rows)} samples:"
                 " lower network.prototypes, or raise data.batch_size"
             )
-        self.prototypes.copy_(rows[:wanted])
-        self.initialised.fill_(True)
+        return rows[:wanted]
 
     def _tempnet(self, weights: Tensor, gates: Tensor) -> Tensor:
         low, high = self.config.min, self.config.max

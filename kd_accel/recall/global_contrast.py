@@ -72,13 +72,18 @@ class GlobalContrast(Recall):
         return columns
 
     def derive(self, student: Rows, teachers: dict[str, Rows], progress: Progress) -> Rows:
-        """Predicted temperatures of this rank's rows, [b] per tower; the towers get no gradient from them."""
+        """Predicted temperatures of this rank's rows, [b] per tower; the towers get no gradient from them.
+
+        The first step's prototypes are rows of its own batch; they stay only when that step is taken, see commit.
+        """
+        self._first = {}
         if not all(network.initialised for network in self.networks.values()):
             everyone = distributed.gather_rows({tower: student[f"raw.{tower}"] for tower in CONTRASTED})
-            for tower, network in self.networks.items():
-                network.set_prototypes(everyone[OTHER[tower]])
+            self._first = {tower: everyone[OTHER[tower]] for tower in CONTRASTED}  # [B, d] each
         return {
-            f"tau.{self.name}.{tower}": network(student[tower].detach(), self._keep(student[tower], tower, progress))
+            f"tau.{self.name}.{tower}": network(
+                student[tower].detach(), self._keep(student[tower], tower, progress), self._first.get(tower)
+            )
             for tower, network in self.networks.items()
         }
 
@@ -109,8 +114,10 @@ class GlobalContrast(Recall):
         return image + text if self.as_tempnet else mean(image, text)
 
     def commit(self, ids: Tensor | None, noted: Rows) -> None:
-        """Remember u, and individual temperatures with their moments, of all ranks' samples."""
+        """Remember u, and individual temperatures with their moments, of all ranks' samples; keep first prototypes."""
         self.memory.write(ids, noted)
+        for tower, rows in self._first.items():
+            self.networks[tower].set_prototypes(rows)
 
     def _one_way(self, chunk: Chunk, tower: str) -> Tensor:
         """Image to text (tower: image) or text to image, [c]."""
