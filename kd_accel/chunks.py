@@ -109,15 +109,22 @@ class Step:
         return self.row_gradients
 
     def measure_hardness(self, teacher: str, chunk_rows: int) -> None:
-        """How hard each sample is for the teacher: mean_{j != i} exp(z_ij - z_ii), in deviations of the batch."""
+        """How hard each sample is for the teacher: mean_{j != i} exp(z_ij - z_ii), in deviations of the batch.
+
+        Deviations do not ask for the unit, so the hardest sample is 1: at a teacher's scale of 100 the exponentials
+        themselves leave fp32 at both ends. Where all samples are equally hard, 0.
+        """
         scale = self.specs[teacher].logit_scale
         parts = []
         for rows in self.chunks(chunk_rows):
             logits = _against(_features(self.teachers[teacher], self.teacher_columns[teacher], rows), scale)
-            parts.append(mean(*(log_inner(z, self.offset + rows.start).exp() for z in logits)))
-        mine = torch.cat(parts)
-        everyone = distributed.gather_rows({"hardness": mine[:, None]})["hardness"][:, 0]
-        self.hardness[teacher] = (mine - everyone.mean()) / everyone.std()
+            parts.append(torch.logaddexp(*(log_inner(z, self.offset + rows.start) for z in logits)))
+        mine = torch.cat(parts)  # [b]
+        everyone = distributed.gather_rows({"hardness": mine[:, None]})["hardness"][:, 0]  # [B]
+        highest = everyone.max()
+        mine, everyone = (mine - highest).exp(), (everyone - highest).exp()
+        deviation = everyone.std()
+        self.hardness[teacher] = (mine - everyone.mean()) / torch.where(deviation == 0, 1.0, deviation)
 
     def inputs(self) -> dict[str, Tensor]:
         """This rank's features of every model as they came, [b, d] each, by name: "student image", ..."""

@@ -38,6 +38,11 @@ def check_fit(
     problems = []
     for name, term in config.terms.items():
         key = f"objective.terms.{name}"
+        if terms.confidence_of(term) == "sigmoid" and global_batch < 2:
+            problems.append(
+                f"{key}.confidence=sigmoid compares different samples: raise data.batch_size above {global_batch}, or"
+                " set it to true"
+            )
         if _compares(term):
             problems += _check_widths(key, term, widths, teachers)
         match term:

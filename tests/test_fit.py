@@ -72,6 +72,15 @@ def test_some_terms_need_two_samples(kind):
         check({"kind": kind}, widths={"image": 12, "text": 12}, global_batch=1)
 
 
+def test_hardness_needs_two_samples():
+    """It is counted in deviations of the batch."""
+    term = {"kind": "logit_kl", "confidence": "sigmoid"}
+    with pytest.raises(ConfigError, match=r"objective.terms.x.confidence=sigmoid compares .* data.batch_size above 1"):
+        check(term, global_batch=1)
+    check(term, global_batch=2)
+    check(term | {"confidence": True}, global_batch=1)
+
+
 def test_class_embeddings_of_another_width():
     """They have to be as wide as the student's image features, or what its projector makes of them."""
     embeddings = torch.randn(3, 12)
