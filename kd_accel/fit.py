@@ -57,7 +57,7 @@ def check_fit(
                 problems.append(
                     f"{key} needs class embeddings or a class head: set {key}.classes or student.num_classes"
                 )
-            case terms.GlobalContrastive(temperature="network") if term.network.prototypes > global_batch:
+            case terms.GlobalContrastive(temperature="network") if _more_than_the_batch(term, global_batch):
                 problems.append(
                     f"{key}.network.prototypes={term.network.prototypes} are taken from the first global batch, which"
                     f" has {global_batch} samples: lower it, or raise data.batch_size"
@@ -76,6 +76,12 @@ def check_class_width(key: str, embeddings: Tensor, widths: dict[str, int]) -> N
             f"{key}: class embeddings are {embeddings.shape[1]} wide, the student's image features {width}: set"
             " student.projector=linear with the teacher that made them, or give embeddings of that width"
         )
+
+
+def _more_than_the_batch(term: terms.GlobalContrastive, global_batch: int) -> bool:
+    """Whether a TempNet wants more prototypes than its first batch has; DistTempNet's code keeps random ones."""
+    keeps = term.reference and term.network.head == "disttempnet"
+    return term.network.prototypes > global_batch and not keeps
 
 
 def _compares(term: terms.Term) -> bool:

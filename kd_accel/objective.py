@@ -1,11 +1,12 @@
 """Features in, loss and feature gradients out: the one place that gathers, weighs and averages.
 
-    L = sum_k  weight_k(t) * mean_i (1 + c_k * alpha_i) * l_k(i)
+    L = sum_k  weight_k(t) * mean_i  c_k,i * l_k(i)
 
-The mean is over the global batch. Features enter detached: the towers never see a loss, the objective never sees a
-tower. It walks this rank's rows in chunks against everybody's columns, forward and backward chunk by chunk, so that
-each chunk's graph is freed at once; then the gradients of all columns are summed over the ranks and every rank takes
-those of its own rows. W ranks with b rows give what one rank gives with W * b.
+The mean is over the global batch; c_k,i is 1, or what the teacher's confidence in sample i makes of it. Features enter
+detached: the towers never see a loss, the objective never sees a tower. It walks this rank's rows in chunks against
+everybody's columns, forward and backward chunk by chunk, so that each chunk's graph is freed at once; then the
+gradients of all columns are summed over the ranks and every rank takes those of its own rows. W ranks with b rows give
+what one rank gives with W * b.
 
 Terms that need the whole batch at once are computed alike on every rank, each contributing its 1 / W share.
 What a step is to leave in memory is kept aside until step(): when the engine skips, nothing is remembered.

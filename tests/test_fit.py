@@ -65,6 +65,17 @@ def test_prototypes_of_a_network_come_from_one_batch():
     check(term, global_batch=17)
 
 
+def test_random_prototypes_come_from_no_batch():
+    """DistTempNet's own code keeps them."""
+    network = {"head": "disttempnet", "prototypes": 17}
+    term = {"kind": "global_contrastive", "temperature": "network", "network": network}
+    check(term | {"reference": True})
+    with pytest.raises(ConfigError, match=r"network.prototypes=17"):
+        check(term)
+    with pytest.raises(ConfigError, match=r"network.prototypes=17"):
+        check(term | {"reference": True, "network": network | {"head": "tempnet"}})
+
+
 @pytest.mark.parametrize("kind", ["global_contrastive", "cos_diff", "rkd", "vicreg", "barlow"])
 def test_some_terms_need_two_samples(kind):
     """Their formulas divide by the number of the others."""

@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kd_accel.schema import ConfigError
 from kd_accel.terms import NetworkTemperature
 
 
@@ -32,13 +31,11 @@ class TempNet(nn.Module):
     """
 
     def __init__(self, width: int, config: NetworkTemperature, *, rho: float, reference: bool):
-        """Fresh weights come from torch's global generator. Raises ConfigError for an empty range.
+        """Fresh weights come from torch's global generator.
 
         `reference`: disttempnet as DistTempNet's code has it, with random prototypes, and dead at the end of its range.
         """
         super().__init__()
-        if config.max is not None and config.min >= config.max:
-            raise ConfigError(f"network.min={config.min:g} is not below network.max={config.max:g}: change one of them")
         self.config, self.rho, self.reference = config, rho, reference
         self.proj = nn.Linear(width, width)
         self.scaler = nn.Parameter(torch.tensor(math.log(0.01)))

@@ -2,7 +2,7 @@
 
 A term gives one number per row; the objective weighs, averages and sums them:
 
-    L = sum_k  weight_k(t) * mean_i (1 + c_k * alpha_i) * l_k(i)
+    L = sum_k  weight_k(t) * mean_i  c_k,i * l_k(i)
 """
 
 from __future__ import annotations

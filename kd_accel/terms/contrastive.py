@@ -81,6 +81,7 @@ _INDIVIDUAL = {  # update -> init, min, max, lr
     "adam": {"init": 0.03, "min": 0.01, "max": 1.0, "lr": 0.0133},
     "momentum": {"init": 0.01, "min": 0.005, "max": 0.05, "lr": 0.03},
 }
+_BY_TEMPERATURE = ("individual", "network")  # sections of their own
 _NETWORK = {"tempnet": {"min": 0.005, "max": 0.05}, "disttempnet": {"min": 0.001, "max": None}}
 
 
@@ -103,7 +104,9 @@ class GlobalContrastive(Term):
     multiply_tau: bool | None = None
     """Whether the loss is tau (log u + rho) rather than log u; null: the variant's."""
     gamma: Scheduled = Cosine(start=1.0, end=0.8, epochs=10)
-    """Share of the present batch in u, in (0, 1]; changes at the start of an epoch, and is 1 in the first one."""
+    """Share of the present batch in u, in (0, 1]; 1 in the first epoch.
+
+    A schedule in epochs moves it at the start of an epoch, one in steps or samples with every step."""
     rho: float = Field(8.0, ge=0)
     """Pulls the temperature down (rho of the papers); of no effect when tau does not multiply."""
     eps: float = Field(1e-14, ge=0)
@@ -129,16 +132,41 @@ class GlobalContrastive(Term):
                 f"temperature={chosen['temperature']} minimises tau (log u + rho): drop multiply_tau=false"
             )
         chosen["multiply_tau"] = multiplied or (multiply_tau if self.multiply_tau is None else self.multiply_tau)
-        update = self.individual.update or ("momentum" if self.variant == "isogclr" else "adam")
-        chosen["individual"] = _complete(self.individual, {"update": update, **_INDIVIDUAL[update]})
-        chosen["network"] = _complete(self.network, _NETWORK[self.network.head])
+        for name in _BY_TEMPERATURE:
+            chosen[name] = self._completed(name, getattr(self, name))
+            default = self._completed(name, type(self).model_fields[name].default)
+            if chosen["temperature"] != name and chosen[name] != default:
+                raise ValueError(
+                    f"{name} is only looked at with temperature={name}, and this term has"
+                    f" temperature={chosen['temperature']}: set temperature, or drop {name}"
+                )
+        self._check_ranges(chosen["individual"], chosen["network"])
+        if chosen["temperature"] == "network" and self.network.head == "disttempnet" and not self.rho:
+            raise ValueError("rho=0 and network.head=disttempnet, which divides by it: raise rho, or take tempnet")
         self.__dict__.update(chosen)
         return self
 
+    def _completed(self, name: str, section: Schema) -> Schema:
+        """The section individual or network, with what this term's variant and head put where it leaves null."""
+        if name == "network":
+            defaults = _NETWORK[section.head]
+        else:
+            update = section.update or ("momentum" if self.variant == "isogclr" else "adam")
+            defaults = {"update": update, **_INDIVIDUAL[update]}
+        return section.model_copy(update={key: v for key, v in defaults.items() if getattr(section, key) is None})
 
-def _complete(section: Schema, defaults: dict) -> Schema:
-    """The section with what it left open."""
-    return section.model_copy(update={key: v for key, v in defaults.items() if getattr(section, key) is None})
+    @staticmethod
+    def _check_ranges(individual: IndividualTemperature, network: NetworkTemperature) -> None:
+        for name, section in (("individual", individual), ("network", network)):
+            if section.max is not None and section.min >= section.max:
+                raise ValueError(
+                    f"{name}.min={section.min:g} is not below {name}.max={section.max:g}: change one of them"
+                )
+        if not individual.min <= individual.init <= individual.max:
+            raise ValueError(
+                f"individual.init={individual.init:g} is not between individual.min={individual.min:g} and"
+                f" individual.max={individual.max:g}: change one of them"
+            )
 
 
 class LabelCE(Term):
@@ -156,3 +184,16 @@ class LabelCE(Term):
     """Of the cosines."""
     reference: bool = False
     """true: cross entropy of the probabilities, a softmax too many, as in clip-distillation."""
+
+    @model_validator(mode="after")
+    def _ignores_nothing(self):
+        """What only class names, or only class embeddings, make use of."""
+        named = self.classes is not None and not self.classes.endswith(".safetensors")
+        used = {"templates": named, "teacher": named, "scale": self.classes is not None}
+        for key, is_used in used.items():
+            if not is_used and getattr(self, key) != type(self).model_fields[key].default:
+                needed = (
+                    "class embeddings: set classes" if key == "scale" else "class names: set classes to a text file"
+                )
+                raise ValueError(f"{key} is only looked at with {needed}, or drop {key}")
+        return self

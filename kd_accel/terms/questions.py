@@ -38,8 +38,7 @@ def _teachers_of(key: str, term: Term, names: list[str]) -> list[str]:
         return [_known(f"{key}.teachers", name, names) for name in term.teachers or names]
     given = getattr(term, "teacher", None)
     if given is not None:
-        known = [_known(f"{key}.teacher", given, names)]
-        return known if isinstance(term, Prototype) or _needs_one(term) else []
+        return [_known(f"{key}.teacher", given, names)]
     if isinstance(term, Prototype) or not _needs_one(term):
         return []  # the student's own clusters; a term of the student alone
     if not names:
