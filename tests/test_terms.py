@@ -155,7 +155,10 @@ def test_a_classifier_that_embeds(term):
         ({"min": 0.2, "max": 0.1}, r"individual\.min=0\.2 is not below individual\.max=0\.1"),
         ({"min": 0.1, "max": 0.1}, r"individual\.min=0\.1 is not below individual\.max=0\.1"),
         ({"init": 0.009}, r"individual\.init=0\.009 is not between individual\.min=0\.01 and individual\.max=1"),
-        ({"init": 0.07, "update": "momentum"}, r"individual\.init=0\.07 is not between individual\.min=0\.005 and individual\.max=0\.05"),
+        (
+            {"init": 0.07, "update": "momentum"},
+            r"individual\.init=0\.07 is not between individual\.min=0\.005 and individual\.max=0\.05",
+        ),
         ({"min": 0.05}, r"individual\.init=0\.03 is not between individual\.min=0\.05"),
     ],
 )

@@ -16,12 +16,13 @@ def cluster_means(features: Float[Tensor, "E d"], labels: Int[Tensor, "E"], clus
     """Mean feature of every cluster, not normalised; of an empty cluster 0; a label of -1 belongs to none.
 
     Prototype back-translation (ProtoCLIP, arXiv 2206.10996, sec. 3.2): features of one modality, clusters of another.
+    Rows are sorted by cluster first: sums by index would differ in their last bits from call to call on a GPU.
     """
     belongs = labels >= 0
     features, labels = features[belongs], labels[belongs]
-    sums = features.new_zeros(clusters, features.shape[1]).index_add_(0, labels, features)
-    counts = torch.bincount(labels, minlength=clusters).clamp(min=1)
-    return sums / counts[:, None]
+    counts = labels.bincount(minlength=clusters)
+    sums = torch.segment_reduce(features[labels.argsort(stable=True)], "sum", lengths=counts)
+    return sums / counts.clamp(min=1)[:, None]
 
 
 def prototype_contrast(

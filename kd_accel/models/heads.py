@@ -1,4 +1,4 @@
-"""Small networks on top of a student's embeddings: projectors, a class head, prototype heads; none is released."""
+"""Small networks on top of a student's embeddings: projectors and prototype heads; none is released."""
 
 from __future__ import annotations
 

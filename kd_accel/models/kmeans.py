@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kd_accel.losses.prototypes import cluster_means
+
 MOST_SPREAD = 1000  # clusters that k-means++ chooses one by one; beyond, random rows, as faiss does for ProtoCLIP
 MOST_EXACT = 10_000  # rows for which scikit-learn's whole-batch KMeans is quick enough
 DISTANCES_AT_ONCE = 2**26  # entries of the distance matrix that exist at a time: 256 MiB
@@ -125,10 +127,6 @@ def _squared_distances(features: Tensor, labels: Tensor, centroids: Tensor) -> T
 
 
 def _means(features: Tensor, labels: Tensor, centroids: Tensor) -> Tensor:
-    """The mean of each cluster's members, [K,d]; an empty cluster keeps its centroid.
-
-    Rows are sorted by cluster first: sums by index would differ in their last bits from call to call on a GPU.
-    """
+    """The mean of each cluster's members, [K,d]; an empty cluster keeps its centroid."""
     counts = labels.bincount(minlength=len(centroids))
-    sums = torch.segment_reduce(features[labels.argsort(stable=True)], "sum", lengths=counts)
-    return torch.where(counts[:, None] > 0, sums / counts.clamp(min=1)[:, None], centroids)
+    return torch.where(counts[:, None] > 0, cluster_means(features, labels, len(centroids)), centroids)

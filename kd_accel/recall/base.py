@@ -16,13 +16,14 @@ class Recall(nn.Module):
     columns: tuple[str, ...] = ()  # derived leaves that are to be gathered
 
     def derive(self, student: Rows, teachers: dict[str, Rows], progress: Progress) -> Rows:
+        """Leaves made from this rank's features, [b] or [b, d] by a name with a dot in it, with their graph."""
         return {}
 
     def prepare(self, step: Step, progress: Progress) -> None:
-        pass
+        """Look up what this step needs, before its first chunk."""
 
     def commit(self, ids: Tensor | None, noted: Rows) -> None:
-        pass
+        """Remember what all ranks noted, [B] or [B, k] by name, of samples `ids` [B]; only of a step that was taken."""
 
 
 def teacher_space(widths: dict[str, int], tower: str) -> int:

@@ -44,6 +44,7 @@ class Centers(Recall):
         return targets.shape[1] * embedding.teacher_probabilities(targets, self.term.teacher_temperature)
 
     def rows(self, chunk: Chunk, scale: Tensor) -> Tensor:
+        """One number per row, [c]: averaged over the towers that are matched."""
         losses = [self._pair(chunk, ours, theirs) for ours, theirs in self.term.match.items()]
         return sum(losses) / len(losses)
 
@@ -55,5 +56,6 @@ class Centers(Recall):
         return embedding.prototype_cpc(rows, targets, self._next[ours], *temperatures)
 
     def commit(self, ids: Tensor | None, noted: Rows) -> None:
+        """Move the running means, [d] each, on over this global batch."""
         for tower, value in self._next.items():
             self.means[tower].set(value)

@@ -30,7 +30,7 @@ class Clusters(Recall):
     ):
         super().__init__()
         self.name, self.term = name, term
-        student = {tower: widths.get(f"prototype_{tower}", widths[tower]) for tower in term.match}
+        student = {tower: student_width(widths, tower) for tower in term.match}
         targets = {ours: target_width or student_width(widths, theirs) for ours, theirs in term.match.items()}
         self.clusters = Prototypes(num_ids, term.clusters, student_width=student, target_width=targets, sharded=sharded)
 
@@ -39,6 +39,7 @@ class Clusters(Recall):
         self._labels = self.clusters.labels_of(step.ids)
 
     def rows(self, chunk: Chunk, scale: Tensor) -> Tensor:
+        """One number per row, [c]: averaged over the towers; 0 for a sample of no cluster."""
         losses = [self._tower(chunk, tower, scale) for tower in self.term.match]
         return sum(losses) / len(losses)
 

@@ -25,6 +25,7 @@ class Fusion(Recall):
         self.columns = tuple(f"fused.{name}.{tower}" for tower in CONTRASTED)
 
     def derive(self, student: Rows, teachers: dict[str, Rows], progress: Progress) -> Rows:
+        """Unit fused rows of this rank, [b, d] per tower, d the student's width."""
         teacher = teachers[self.term.teacher or next(iter(teachers))]
         pairs = {
             tower: torch.cat([student.get(f"projected_{tower}", student[tower]), teacher[tower]], dim=1)
@@ -34,6 +35,7 @@ class Fusion(Recall):
         return dict(zip(self.columns, fused, strict=True))
 
     def rows(self, chunk: Chunk, scale: Tensor) -> Tensor:
+        """InfoNCE of the fused rows, both directions averaged, [c]."""
         image, text = self.columns
         logits = tuple(
             contrastive.similarity_logits(chunk.leaves[ours], chunk.step.columns[theirs], scale)

@@ -30,6 +30,7 @@ class Queues(Recall):
         )
 
     def rows(self, chunk: Chunk, scale: Tensor) -> Tensor:
+        """One number per row, [c]: averaged over the towers that are matched."""
         losses = [self._pair(chunk, ours, theirs) for ours, theirs in self.term.match.items()]
         return sum(losses) / len(losses)
 
@@ -45,5 +46,6 @@ class Queues(Recall):
         return relational.compress(rows, targets, own_queue, queue, self.term.temperature)
 
     def commit(self, ids: Tensor | None, noted: Rows) -> None:
+        """Push all ranks' unit rows, [B, d] by queue."""
         for key, rows in noted.items():
             self.queues[key].push(rows)

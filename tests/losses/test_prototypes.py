@@ -131,3 +131,12 @@ def test_large_logits_stay_finite(temperature):
     assert torch.isfinite(losses).all()
     assert torch.isfinite(rows.grad).all()
     assert torch.isfinite(scale.grad)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_cluster_means_on_a_gpu_repeat_themselves():
+    """Bit by bit, also where many rows meet in one cluster."""
+    features, labels = torch.randn(200_000, 64, device="cuda"), torch.randint(0, 7, (200_000,), device="cuda")
+    first, again = (prototypes.cluster_means(features, labels, 7) for _ in range(2))
+    assert torch.equal(first, again)
