@@ -188,7 +188,7 @@ def restore(checkpoint: Path, *, engine: Engine, objective: Objective) -> TrainS
     Raises ConfigError naming the file that is missing or damaged.
     """
     folder = checkpoint / "state"
-    state = _read_progress(checkpoint)
+    state = read_progress(checkpoint)
     try:
         step = state.step - state.skipped
         engine.masters.load_weights(load_file(folder / "weights.safetensors"))
@@ -204,7 +204,8 @@ def restore(checkpoint: Path, *, engine: Engine, objective: Objective) -> TrainS
     return state
 
 
-def _read_progress(checkpoint: Path) -> TrainState:
+def read_progress(checkpoint: Path) -> TrainState:
+    """Where a checkpoint's run stood. Raises ConfigError when the file is missing or damaged."""
     try:
         return TrainState(**json.loads((checkpoint / "state" / "progress.json").read_text()))
     except (OSError, json.JSONDecodeError, TypeError) as error:
@@ -254,7 +255,7 @@ def check_config(checkpoint: Path, config: TrainConfig, *, global_batch: int) ->
     changed = [key for key in old | new if old.get(key) != new.get(key) and key not in ("resume", "name", "output_dir")]
     fixed = [key for key in changed if key.split(".")[0] in FIXED and not _is_free(key)]
     lines = [f"{key}: the checkpoint has {old.get(key)!r}, the config {new.get(key)!r}" for key in fixed]
-    if (before := _read_progress(checkpoint).global_batch) != global_batch:
+    if (before := read_progress(checkpoint).global_batch) != global_batch:
         lines.append(f"data.global_batch_size: the checkpoint has {before}, this launch makes {global_batch}")
     if lines:
         raise ConfigError(

@@ -225,8 +225,9 @@ class Trainer:
         resume_from, damaged = checkpoint.choose(resume_from, self.folder, may_go_back=self.config.resume == "auto")
         if resume_from is not None:
             said = checkpoint.check_config(resume_from, self.config, global_batch=self.loader.global_batch)
+            # first, because memory by sample id is only of the data that it was made with
+            self.loader.load_state_dict(checkpoint.read_progress(resume_from).data)
             self.state = checkpoint.restore(resume_from, engine=self.engine, objective=self.objective)
-            self.loader.load_state_dict(self.state.data)
         if distributed.is_main():
             self._make_folder()
         distributed.barrier()

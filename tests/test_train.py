@@ -179,6 +179,19 @@ def test_resume_goes_on_with_a_longer_run(config, tmp_path):
     assert "changed: optim.steps: 2 -> 4" in (tmp_path / "run" / "out.log").read_text()
 
 
+@pytest.mark.parametrize("term", [{"kind": "clip"}, {"kind": "global_contrastive"}], ids=lambda term: term["kind"])
+def test_resume_refuses_other_data(config, tmp_path, term):
+    """Shards that have grown: one line, whether or not a term remembers samples by their number."""
+    shards = tiny.write_shards(tmp_path / "shards", per_shard=8)
+    values = {"data": {"shards": str(shards), "batch_size": 8, "num_workers": 0}, "objective": {"terms": {"x": term}}}
+    values |= {"teacher": None, "student": {"arch": tiny.arch()}, "optim": {"lr": 1e-2, "steps": 1}}
+    run(config(**values))
+    shutil.rmtree(shards)
+    tiny.write_shards(shards, per_shard=9)
+    with pytest.raises(ConfigError, match=r"^data.shards: .*num_samples=16, this run has num_samples=18"):
+        run(config(**values, resume="auto"))
+
+
 def test_damaged_checkpoint_is_named(config, tmp_path):
     """A truncated file in the newest checkpoint is a clear error, not a traceback."""
     run(config(optim={"lr": 1e-2, "steps": 1}))
