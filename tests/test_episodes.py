@@ -54,7 +54,7 @@ def coming(pieces: Pieces, steps: int) -> tuple[Tensor, dict[tuple[str, str], Te
     for tower in ("image", "text"):
         found["student", tower] = torch.cat([student.get(f"prototype_{tower}", student[tower]) for student, _ in said])
         found["teacher", tower] = torch.cat([teachers["teacher"][tower] for _, teachers in said])
-    ids = torch.cat([batch.ids for batch in batches])
+    ids = torch.cat([batch.ids for micro_batches in batches for batch in micro_batches])
     return ids, {key: F.normalize(rows.float(), dim=1) for key, rows in found.items()}
 
 

@@ -120,9 +120,10 @@ def test_sharded_memory_changes_nothing(world_size, run_ranks, tmp_path_factory)
 
 
 def test_a_nan_on_one_rank_stops_all(run_ranks, tmp_path_factory):
-    """Every rank raises the same NonFiniteLoss, which names the term and the rank that the nan came from."""
+    """Every rank raises the same NonFiniteLoss, which names the term, and the rank and sample of the nan."""
     first, second = (rank["complaint"] for rank in _launch(run_ranks, tmp_path_factory.getbasetemp(), 2))
-    assert first == second == "loss/clip, loss/kl is not finite; not finite on arrival: student text on rank 1"
+    where = f"student text on rank 1 (sample ids {every_term.features()['ids'][-1]})"
+    assert first == second == f"loss/clip, loss/kl is not finite; not finite on arrival: {where}"
 
 
 def test_golden_numbers_on_two_ranks(run_ranks, golden_root):
