@@ -26,7 +26,7 @@ from kd_accel.engine import Engine
 from kd_accel.losses.prototypes import cluster_means
 from kd_accel.memory import Prototypes
 from kd_accel.models.kmeans import kmeans
-from kd_accel.objective import NonFiniteLoss, Objective
+from kd_accel.objective import Objective
 from kd_accel.recall import Clusters
 from kd_accel.schedules import Progress, value_at
 from kd_accel.schema import ConfigError
@@ -96,57 +96,71 @@ def run_episodes(
 ) -> None:
     """Cluster the coming samples anew for the terms `due`, each the first steps[name] of `batches`; collective.
 
-    Terms share one pass over the samples. Raises NonFiniteLoss, on all ranks, when a feature is not finite.
+    Terms share one pass over the samples. Those whose features are not finite are in no cluster; raises ConfigError, on
+    all ranks, when the others are fewer than the clusters.
     """
     began = time.perf_counter()
     sources = sorted({source for module in due.values() for source in _sources(module.term)}, key=str)
     length = max(steps[name] for name in due)
-    ids, features = coming_features(engine, islice(batches, length), sources, progress)
+    ids, features, finite = coming_features(engine, islice(batches, length), sources)
     for name, module in due.items():
         samples = len(ids) // length * steps[name]
-        rows = {source: features[source][:samples] for source in _sources(module.term)}
-        mine = cluster(module.term, rows, seed=(seed + progress.step) % 2**32) if distributed.is_main() else None
+        needed = _sources(module.term)
+        usable = torch.stack([finite[source][:samples] for source in needed]).all(dim=0)  # [E]
+        _check_enough(name, module.term, usable, progress)
+        rows = {source: features[source][:samples] for source in needed}
+        seed_now = (seed + progress.step) % 2**32
+        mine = cluster(module.term, rows, usable, seed=seed_now) if distributed.is_main() else None
         for tower, found in distributed.from_main(mine).items():
             module.clusters.set(tower, ids=ids[:samples].cpu(), **found)
         module.clusters.started.fill_(progress.step)
         if distributed.is_main():
-            seconds = time.perf_counter() - began
-            log.info("%s: %d samples in %d clusters, %.1f s", name, samples, module.term.clusters, seconds)
+            seconds, left_out = time.perf_counter() - began, samples - int(usable.sum())
+            said = f", {left_out} without finite features in none" if left_out else ""
+            log.info("%s: %d samples in %d clusters%s, %.1f s", name, samples, module.term.clusters, said, seconds)
 
 
 @torch.no_grad()
 def coming_features(
-    engine: Engine, batches: Iterator[list[Batch]], sources: list[Source], progress: Progress
-) -> tuple[Tensor, dict[Source, Tensor]]:
-    """(ids [E], unit features [E, d] by source) of all ranks' rows of `batches`, in eval mode; collective.
+    engine: Engine, batches: Iterator[list[Batch]], sources: list[Source]
+) -> tuple[Tensor, dict[Source, Tensor], dict[Source, Tensor]]:
+    """(ids [E], unit features [E, d] by source, whether they are finite [E] by source), in eval mode; collective.
 
-    Every rank gets the ids, rank 0 alone the features; the others get [0, d].
+    Of all ranks' rows of `batches`. Rank 0 alone gets the features; the others get [0, d].
     """
     training = engine.module.training
     engine.module.eval()
-    ids, parts = [], []
-    for micro_batches in batches:
-        student, teachers = engine.forward(micro_batches)
-        rows = {source: F.normalize(_features(source, student, teachers).float(), dim=1) for source in sources}
-        gathered = distributed.gather_rows(rows)
-        _check_finite(gathered, progress)
-        mine = torch.cat([batch.ids for batch in micro_batches]).to(engine.accelerator.device)
-        ids.append(distributed.gather_rows({"ids": mine[:, None]})["ids"][:, 0])
-        parts.append(gathered if distributed.is_main() else {source: rows[:0] for source, rows in gathered.items()})
-    engine.module.train(training)
-    return torch.cat(ids), {source: torch.cat([part[source] for part in parts]) for source in sources}
+    ids, parts, finite = [], [], []
+    try:
+        for micro_batches in batches:
+            student, teachers = engine.forward(micro_batches)
+            rows = {source: F.normalize(_features(source, student, teachers).float(), dim=1) for source in sources}
+            gathered = distributed.gather_rows(rows)
+            finite.append({source: torch.isfinite(rows).all(dim=1) for source, rows in gathered.items()})
+            mine = torch.cat([batch.ids for batch in micro_batches]).to(engine.accelerator.device)
+            ids.append(distributed.gather_rows({"ids": mine[:, None]})["ids"][:, 0])
+            keep = distributed.is_main()
+            parts.append(gathered if keep else {source: rows[:0] for source, rows in gathered.items()})
+    finally:
+        engine.module.train(training)
+    return torch.cat(ids), _joined(parts), _joined(finite)
 
 
-def cluster(term: Prototype, features: dict[Source, Tensor], *, seed: int) -> dict[str, dict[str, Tensor]]:
+def cluster(
+    term: Prototype, features: dict[Source, Tensor], usable: Tensor, *, seed: int
+) -> dict[str, dict[str, Tensor]]:
     """By the student's tower: labels [E], centroids [K, d_student], target_centroids [K, d_target], on the CPU.
 
-    The labels are those of the tower it is matched with, and so are the target centroids.
+    The labels are those of the tower it is matched with, and so are the target centroids. Rows that are not `usable`
+    [E] get the label -1.
     """
     options = {"iterations": term.iterations, "restarts": term.restarts, "seed": seed}
-    targets = {
-        theirs: kmeans(features[term.teacher, theirs], term.clusters, **options)
-        for theirs in sorted(set(term.match.values()))
-    }
+    targets = {}
+    for theirs in sorted(set(term.match.values())):
+        rows = features[term.teacher, theirs]
+        labels = torch.full((len(rows),), -1, device=rows.device)
+        labels[usable], centres = kmeans(rows[usable], term.clusters, **options)
+        targets[theirs] = labels, centres
     found = {}
     for ours, theirs in term.match.items():
         labels, centres = targets[theirs]
@@ -167,10 +181,17 @@ def _features(source: Source, student: dict[str, Tensor], teachers: dict[str, di
     return teachers[owner][tower] if owner is not None else student.get(f"prototype_{tower}", student[tower])
 
 
-def _check_finite(features: dict[Source, Tensor], progress: Progress) -> None:
-    for (owner, tower), rows in features.items():
-        if not torch.isfinite(rows).all():
-            raise NonFiniteLoss(f"step {progress.step + 1}: {owner or 'student'} {tower} is not finite in an episode")
+def _joined(parts: list[dict[Source, Tensor]]) -> dict[Source, Tensor]:
+    return {source: torch.cat([part[source] for part in parts]) for source in parts[0]}
+
+
+def _check_enough(name: str, term: Prototype, usable: Tensor, progress: Progress) -> None:
+    """Raises ConfigError when the rows that can be clustered [E] are fewer than the clusters; alike on every rank."""
+    if (count := int(usable.sum())) < term.clusters:
+        raise ConfigError(
+            f"step {progress.step + 1}: only {count} of the {len(usable)} samples of an episode have finite features,"
+            f" too few for objective.terms.{name}.clusters={term.clusters}: lower optim.lr, or look at those samples"
+        )
 
 
 def _steps(name: str, module: Clusters, global_batch: int) -> int:

@@ -24,7 +24,6 @@ from kd_accel.launch import end_accelerator
 from kd_accel.losses.prototypes import cluster_means
 from kd_accel.memory import Prototypes
 from kd_accel.models.kmeans import kmeans
-from kd_accel.objective import NonFiniteLoss
 from kd_accel.schedules import Progress
 from kd_accel.schema import ConfigError, validate
 from kd_accel.terms import Prototype
@@ -217,14 +216,65 @@ def test_an_episode_that_cannot_work_is_refused(make, values, complaint):
         make({"prototype": EPISODE | values})
 
 
-def test_features_that_are_not_numbers_stop_the_run(make):
-    """The error names the step, the model and the tower; the clusters stay as they were."""
+def break_rows(pieces: Pieces, monkeypatch, rows: slice, model: str = "student", tower: str = "image") -> None:
+    """From here on the engine says nan in some rows of every batch."""
+    forward = pieces.engine.forward
+
+    def broken(batches):
+        student, teachers = forward(batches)
+        features = student if model == "student" else teachers[model]
+        features[tower] = features[tower].clone()
+        features[tower][rows, 0] = torch.nan
+        return student, teachers
+
+    monkeypatch.setattr(pieces.engine, "forward", broken)
+
+
+@pytest.mark.parametrize("back_translation", [True, False])
+def test_features_that_are_not_numbers_are_in_no_cluster(make, monkeypatch, caplog, back_translation):
+    """The other samples are clustered as if those had not been there, for both towers, and the log counts them."""
+    pieces = make({"prototype": {**EPISODE, "back_translation": back_translation}})
+    break_rows(pieces, monkeypatch, slice(2, 3))
+    with caplog.at_level("INFO", "kd_accel"):
+        pieces.episodes.prepare(pieces.progress())
+    (line,) = [record.getMessage() for record in caplog.records if record.module == "episodes"]
+    assert line.startswith("prototype: 16 samples in 3 clusters, 2 without finite features in none, ")
+    ids, features = coming(pieces, 2)
+    usable = torch.arange(2 * GLOBAL_BATCH) % GLOBAL_BATCH != 2
+    for ours, theirs in (("image", "text"), ("text", "image")):
+        assert (pieces.labels(ours)[ids[~usable]] == -1).all()
+        labels, centres = kmeans(features["student", theirs][usable], 3, iterations=20, restarts=3, seed=0)
+        means = cluster_means(features["student", ours][usable], labels, 3) if back_translation else centres
+        expected = {"ids": ids[usable], "labels": labels, "centroids": means, "target_centroids": centres}
+        assert_clusters(pieces, ours, expected)
+
+
+def test_a_tower_that_the_term_does_not_look_at(make, monkeypatch):
+    """Whether its features are finite does not matter."""
+    pieces = make({"prototype": {**EPISODE, "teacher": "teacher", "match": {"image": "text"}}})
+    break_rows(pieces, monkeypatch, slice(None), "teacher", "image")
+    pieces.episodes.prepare(pieces.progress())
+    assert (pieces.labels("image") >= 0).sum() == 2 * GLOBAL_BATCH
+
+
+def test_too_few_features_that_are_numbers_stop_the_run(make, monkeypatch):
+    """One line: the step, how many, and the key; the clusters stay as they were, and so does the engine's mode."""
     pieces = make()
-    with torch.no_grad():
-        next(pieces.engine.student.clip.visual.parameters()).fill_(torch.nan)
-    with pytest.raises(NonFiniteLoss, match="step 1: student image is not finite in an episode"):
+    break_rows(pieces, monkeypatch, slice(1, None))
+    expected = r"^step 1: only 2 of the 16 samples .* objective\.terms\.prototype\.clusters=3: lower"
+    with pytest.raises(ConfigError, match=expected):
         pieces.episodes.prepare(pieces.progress())
     assert pieces.clusters().started == -1
+    assert pieces.engine.module.training
+
+
+def test_a_pass_that_breaks_off_leaves_the_engine_in_training_mode(make, monkeypatch):
+    """Whatever the reason."""
+    pieces = make()
+    monkeypatch.setattr(episodes.distributed, "gather_rows", lambda rows: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        pieces.episodes.prepare(pieces.progress())
+    assert pieces.engine.module.training
 
 
 # Ranks, and whole runs ------------------------------------------------------------------------------------------------
