@@ -238,7 +238,7 @@ def newest(run: Path) -> Path | None:
     folder = run / "checkpoints"
     try:
         named = folder / (folder / LATEST).read_text().strip()
-    except FileNotFoundError:
+    except OSError:
         named = folder
     if (named / "state" / "progress.json").is_file():
         return named

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 import tiny
 
@@ -68,6 +69,14 @@ def _run_ranks(args: str | Path | list[str], nproc: int = 2, *, env: dict | None
     return run_process([*launcher, *words], env=env, timeout=timeout)
 
 
+def kill_tree(pid: int) -> None:
+    """SIGKILL to a process and all it has started: torchrun's ranks are in sessions of their own."""
+    launcher = psutil.Process(pid)
+    for process in [launcher, *launcher.children(recursive=True)]:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+
+
 def run_process(command: list[str], *, env: dict | None = None, timeout: float = 120, code: int = 0) -> str:
     """Run `command` in the repository, without a GPU; its output. The test fails unless it ends in time with `code`."""
     path = os.pathsep.join(filter(None, [str(REPO), str(REPO / "tests"), os.environ.get("PYTHONPATH")]))
@@ -79,12 +88,11 @@ def run_process(command: list[str], *, env: dict | None = None, timeout: float =
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        start_new_session=True,  # so that the ranks can be ended together with their launcher
     ) as process:
         try:
             output, _ = process.communicate(timeout=timeout)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
+            kill_tree(process.pid)
             output, _ = process.communicate()
             pytest.fail(f"{' '.join(command)}\nwas still running after {timeout} s\n{output}")
     if process.returncode != code:

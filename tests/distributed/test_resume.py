@@ -3,14 +3,13 @@
 import json
 import os
 import random
-import signal
 import subprocess
 import sys
 import time
 
 import pytest
 import torch
-from conftest import REPO, run_process
+from conftest import REPO, kill_tree, run_process
 from safetensors.torch import load_file
 
 pytestmark = pytest.mark.distributed
@@ -72,7 +71,7 @@ def kill_at(step: int, words: list[str], run, env: dict) -> None:
             assert process.poll() is None, run.with_suffix(".log").read_text()
             assert time.monotonic() < deadline, "the run does not get to the step"
             time.sleep(0.01)
-        os.killpg(process.pid, signal.SIGKILL)
+        kill_tree(process.pid)
         process.wait()
 
 
