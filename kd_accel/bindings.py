@@ -29,6 +29,26 @@ def student_columns(term: terms.Term, leaves: dict[str, Tensor]) -> set[str]:
     return {_whole_name(leaves, tower) for tower in towers}
 
 
+def features_read(term: terms.Term, widths: dict[str, int]) -> set[str]:
+    """Names of the student's features that a term sends a gradient to; `widths` are those of all it has, by name."""
+    match term:
+        case terms.LabelCE(classes=None):
+            return {"class_logits"}
+        case terms.Prototype():
+            return {f"prototype_{tower}" if f"prototype_{tower}" in widths else tower for tower in term.match}
+        case terms.LabelCE():
+            views = ("image",)
+        case terms.MaskedFeatureMSE():
+            views = ("masked_image", "text")
+        case terms.Matched():
+            views = tuple(term.match)
+        case _ if "student" in term.columns:
+            return set(CONTRASTED)
+        case _:
+            views = CONTRASTED
+    return {f"projected_{view}" if f"projected_{view}" in widths else view for view in views}
+
+
 def teacher_columns(term: terms.Term) -> set[str]:
     """Names of its teacher's features that a term compares with all ranks'."""
     match term:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from kd_accel import distributed
 from kd_accel.config import TrainConfig, teachers_of
 from kd_accel.lamb import pieces_of
-from kd_accel.masters import Masters
+from kd_accel.masters import Masters, frozen_weights
 from kd_accel.models.pair import Pair
 from kd_accel.models.student import Student
 from kd_accel.models.teacher import Teacher
@@ -57,6 +57,7 @@ class Engine:
         self.replicated = {n: t.to(accelerator.device) for n, t in teachers.items() if n not in inside}
         pair = Pair(student, {name: teacher for name, teacher in teachers.items() if name in inside})
         _check_coverage(pair, optimizer)
+        frozen = frozen_weights(student, dict(student.named_parameters()))
         # DeepSpeed makes its fp32 masters from the weights after their rounding to bf16: keep the exact ones for them.
         rounds = self.zero_stage and config.precision == "bf16"
         exact = {name: p.detach().clone() for name, p in student.named_parameters()} if rounds else {}
@@ -65,7 +66,7 @@ class Engine:
         if self.zero_stage and config.optim.optimizer == "lamb":
             zero = self.module.optimizer
             zero.optimizer.attach(pieces_of(zero, self.zero_stage), device=accelerator.device)
-        self.masters = Masters(student, self.module, self.optimizer, zero_stage=self.zero_stage)
+        self.masters = Masters(student, self.module, self.optimizer, zero_stage=self.zero_stage, frozen=frozen)
         if rounds:
             self.masters.load_weights(exact)
         self._graph: Rows | None = None  # the student's features, where one pass is enough

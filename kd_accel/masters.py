@@ -24,20 +24,38 @@ class OptimizerState:
     moments: dict[str, dict[str, Tensor]]  # exp_avg | exp_avg_sq | ema -> parameter name -> tensor
 
 
+def frozen_weights(student: Student, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Those of `state` that the student does not train: name -> fp32 CPU tensor of its own, on rank 0 only."""
+    frozen = [name for name, p in student.named_parameters() if not p.requires_grad] if distributed.is_main() else []
+    return {name: state[name].detach().float().cpu().clone() for name in frozen}
+
+
 class Masters:
     """The fp32 state behind a prepared student. Every method is collective."""
 
-    def __init__(self, student: Student, module: nn.Module, optimizer: torch.optim.Optimizer, *, zero_stage: int):
-        """`module` and `optimizer` as Accelerate prepared them; stage 0 is one process or DDP."""
+    def __init__(
+        self,
+        student: Student,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        zero_stage: int,
+        frozen: dict[str, Tensor],
+    ):
+        """`module` and `optimizer` as Accelerate prepared them; stage 0 is one process or DDP.
+
+        `frozen`, on rank 0: the weights that are not trained, fp32 on the CPU; of these an engine keeps no master.
+        """
         self._student, self._module, self._optimizer, self._stage = student, module, optimizer, zero_stage
+        self._frozen = frozen
 
     def weights(self) -> dict[str, Tensor]:
         """The student's parameters, from the fp32 masters, and its buffers: name -> fp32 CPU tensor. Collective.
 
         Complete on rank 0; empty on the others, which only take part.
         """
-        state = {}
-        for name, parameter in self._student.named_parameters():
+        state = dict(self._frozen)
+        for name, parameter in self._trained():
             full = self._full(parameter)
             if distributed.is_main():
                 state[name] = full.detach().float().cpu().clone()
@@ -51,6 +69,7 @@ class Masters:
         buffers = dict(self._student.named_buffers())
         for name, parameter in self._student.named_parameters():
             self._set_full(parameter, state[name])
+        self._frozen = frozen_weights(self._student, state)
         for name in state.keys() & buffers.keys():
             buffers[name].copy_(state[name])
 
@@ -137,6 +156,10 @@ class Masters:
     def _set_full(self, parameter: nn.Parameter, value: Tensor, key: str | None = None) -> None:
         """The inverse of `_full`; `value` is the same on every rank."""
         value = value.to(parameter.device)
+        if not parameter.requires_grad:
+            with self._gathered(parameter):
+                parameter.copy_(distributed.cut_like(value, parameter))
+            return
         if not self._stage:
             held = parameter if key is None else self._adamw().state[parameter][key]
             held.copy_(distributed.cut_like(value, held))

@@ -86,8 +86,15 @@ def build(terms: dict[str, dict], **values):
     return validate(ObjectiveConfig, {"terms": terms, **values})
 
 
-def objective(names: list[str], *, dtype: torch.dtype = torch.float64, chunk_rows: int = 1000, **values):
-    """The Objective with these terms of TERMS, two teachers, and its clusters set."""
+def objective(
+    names: list[str],
+    *,
+    dtype: torch.dtype = torch.float64,
+    chunk_rows: int = 1000,
+    widths: dict[str, int] | None = None,
+    **values,
+):
+    """The Objective with these terms of TERMS, two teachers and its clusters set; features have WIDTHS or `widths`."""
     from kd_accel.objective import Objective
     from kd_accel.types import TeacherSpec
 
@@ -99,7 +106,7 @@ def objective(names: list[str], *, dtype: torch.dtype = torch.float64, chunk_row
     built = Objective(
         config,
         teachers={"first": TeacherSpec(D_TEACHER, 30.0, 0.5), "second": TeacherSpec(D_TEACHER, 12.0, 2.0)},
-        widths=WIDTHS,
+        widths=widths or WIDTHS,
         num_ids=N,
         class_embeddings={
             name: torch.randn(C, D_TEACHER, generator=seeded) for name in names if name == "label_prompts"

@@ -47,11 +47,15 @@ def launched(monkeypatch, free_port):
     end_accelerator()
 
 
-def start(config: TrainConfig, *, grad_clip_norm: float = 1.0) -> tuple[Engine, dict[str, torch.Tensor]]:
-    """The engine, and the weights its student had before."""
+def start(
+    config: TrainConfig, *, grad_clip_norm: float = 1.0, read: set[str] | None = None
+) -> tuple[Engine, dict[str, torch.Tensor]]:
+    """The engine, and the weights its student had before; `read`: the rest is frozen."""
     accelerator = start_accelerator(precision=config.precision, batch_size=4, grad_clip_norm=grad_clip_norm)
     torch.manual_seed(1)
     student, teachers = Student(config.student, {"teacher": 12}), {"teacher": Teacher(config.teacher)}
+    if read is not None:
+        student.freeze_all_but(read)
     weights = {name: p.detach().clone() for name, p in student.named_parameters()}
     optimizer = build_optimizer(student, config.optim)
     return Engine(accelerator, student, teachers, optimizer=optimizer, config=config), weights
@@ -114,6 +118,34 @@ def test_state_by_name_is_the_whole_state(launched, tiny_teacher, precision, sta
     for key, moments in straight_memory.moments.items():
         for name, moment in moments.items():
             assert torch.equal(resumed_memory.moments[key][name], moment), f"{key} {name}"
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_frozen_weights_stay_exact(launched, tiny_teacher, stage, precision):
+    """A tower that nothing reads: not decayed, no moments, bit for bit the weights it had, and loaded as any other."""
+    launched(stage)
+    config = config_of(tiny_teacher, precision)
+    engine, before = start(config, read={"projected_image"})
+    step(engine, 0), step(engine, 1)
+    weights, memory = engine.masters.weights(), engine.masters.optimizer_state()
+    trained = {name for name in before if "visual" in name or name.startswith("projector.image")}
+    assert {name for name in before if torch.equal(weights[name], before[name])} == before.keys() - trained
+    assert memory.moments["exp_avg"].keys() == trained
+    end_accelerator()
+
+    launched(stage)
+    engine, _ = start(config, read={"projected_image"})
+    weights["clip.text_projection"] = torch.rand_like(weights["clip.text_projection"])
+    weights["projector.text.weight"].zero_()
+    engine.masters.load_weights(weights)
+    engine.masters.load_optimizer_state(memory)
+    after = engine.masters.weights()
+    assert all(torch.equal(after[name], weight) for name, weight in weights.items())
+    features, _ = engine.forward([batch(3)])
+    bias = weights["projector.text.bias"].expand_as(features["projected_text"])
+    torch.testing.assert_close(features["projected_text"].float(), bias, rtol=2**-8, atol=0)  # bf16's last place
+    step(engine, 2)
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])

@@ -14,6 +14,7 @@ from every_term import TERMS, B, N
 from torch import Tensor
 
 from kd_accel import terms
+from kd_accel.bindings import features_read
 from kd_accel.objective import Objective
 from kd_accel.schedules import Progress
 from kd_accel.schema import ConfigError, alternatives, kind_of
@@ -282,6 +283,22 @@ def test_a_label_beyond_the_classes():
     given["labels"][2] = every_term.C
     with pytest.raises(ConfigError, match=rf"class number {every_term.C}, but label_ce knows {every_term.C} classes"):
         every_term.call(objective, given, LATER)
+
+
+WITHOUT_HEADS = {name: every_term.D_TEACHER for name in ("image", "text", "masked_image")} | {
+    "class_logits": every_term.C
+}
+
+
+@pytest.mark.parametrize("widths", [every_term.WIDTHS, WITHOUT_HEADS], ids=["all heads", "no projector"])
+@pytest.mark.parametrize("name", TERMS)
+def test_features_read_are_those_with_a_gradient(name, widths):
+    """Of a student with projectors and prototype heads, and of one that is as wide as its teacher without them."""
+    objective, given = every_term.objective([name], widths=widths), every_term.features()
+    given["student"] = {n: torch.randn(B, width, dtype=torch.float64) for n, width in widths.items()}
+    gradients = every_term.call(objective, given, LATER).gradients
+    read = {n for n, gradient in gradients.items() if gradient.any()}
+    assert features_read(objective.config.terms[name], widths) == read
 
 
 @pytest.mark.parametrize("name", ["train", "keys", "forward"])

@@ -25,6 +25,7 @@ class Student(nn.Module):
     embed_dim       d
     widths          of its features, by name
     scale           what it starts with: of its weights, or of its architecture
+    frozen          names of the towers and heads that are not trained
     """
 
     def __init__(self, config: StudentConfig, teacher_dims: dict[str, int], *, mask_ratio: float | None = None):
@@ -40,6 +41,7 @@ class Student(nn.Module):
         self.widths = dict.fromkeys(heads.TOWERS, self.embed_dim)
         self.mask = None if mask_ratio is None else PatchMask.install(self.clip.visual, mask_ratio)
         self.projector = self.prototype_head = self.class_head = None
+        self.frozen: list[str] = []
         if config.projector is not None:
             self.projector = heads.projector(config.projector, self.embed_dim, _common_width(teacher_dims))
         if config.prototype_head is not None:
@@ -83,6 +85,36 @@ class Student(nn.Module):
         """int64 `[b,T]` -> raw embeddings `[b,d]`."""
         return self.clip.encode_text(tokens, normalize=False)
 
+    def freeze_all_but(self, read: set[str]) -> None:
+        """Freeze the towers and heads that none of the features `read` comes out of.
+
+        They get no gradient, and weight decay alone would take them towards zero.
+        """
+        parts = {}
+        for tower in heads.TOWERS:
+            mine = {name for name in read if _tower(name) == tower}
+            if not mine:
+                parts[f"{tower} tower"] = self._parameters_of(tower)
+            if self.projector is not None and not any(name.startswith("projected_") for name in mine):
+                parts[f"{tower} projector"] = list(self.projector[tower].parameters())
+            if self.prototype_head is not None and f"prototype_{tower}" not in mine:
+                parts[f"{tower} prototype head"] = list(self.prototype_head[tower].parameters())
+        if self.class_head is not None and "class_logits" not in read:
+            parts["class head"] = list(self.class_head.parameters())
+        for parameter in sum(parts.values(), []):
+            parameter.requires_grad_(False)
+        self.frozen = list(parts)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> Student:
+        """What is frozen stays in eval mode, as teachers do: its running statistics do not move either."""
+        super().train(mode)
+        for module in self.modules():
+            own = list(module.parameters())
+            if own and not any(parameter.requires_grad for parameter in own):
+                nn.Module.train(module, False)
+        return self
+
     @staticmethod
     def release_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
         """The open_clip part of a state dict of Student: without the heads, keys without "clip."."""
@@ -91,14 +123,20 @@ class Student(nn.Module):
         assert not odd, f"not a state of Student: {odd}"
         return {key.removeprefix("clip."): tensor for key, tensor in state.items() if key.startswith("clip.")}
 
+    def _parameters_of(self, tower: str) -> list[nn.Parameter]:
+        """open_clip keeps the image tower under `visual`, and a CLIP's text tower beside it."""
+        named = self.clip.named_parameters()
+        return [p for name, p in named if name.startswith("visual.") == (tower == "image")]
+
     def _checkpoint_gradients(self) -> None:
         if isinstance(self.clip.visual, ModifiedResNet):
             raise ConfigError("student.grad_checkpointing: open_clip's ResNet cannot do it; use a ViT, or false")
         self.clip.set_grad_checkpointing(True)
 
 
-def _tower(view: str) -> str:
-    return "image" if view == "masked_image" else view
+def _tower(feature: str) -> str:
+    """The tower that a feature comes out of; class logits come out of the image tower."""
+    return "text" if feature.endswith("text") else "image"
 
 
 def _common_width(teacher_dims: dict[str, int]) -> int:

@@ -98,3 +98,46 @@ def test_release_state_is_open_clips(kind, student):
 
 def test_same_seed_same_student(student):
     torch.testing.assert_close(student().state_dict(), student().state_dict(), rtol=0, atol=0)
+
+
+# What no term reads ---------------------------------------------------------------------------------------------------
+
+ALL = ["image", "text", "projected_image", "projected_text", "prototype_image", "prototype_text", "class_logits"]
+HEADS = {"projector": "mlp", "num_classes": 3, "prototype_head": {"hidden": 8, "width": 4}}
+
+
+@pytest.mark.parametrize("kind", ["vit", "resnet", "timm"])
+@pytest.mark.parametrize("read", [[name] for name in ALL] + [["image", "prototype_text"], ALL], ids=",".join)
+def test_what_is_frozen_is_what_has_no_gradient(student, view, captions, kind, read):
+    """The parameters that the features read come out of are trained, no other one is; the report names the parts."""
+    model = student(kind, teacher_dim=24, **HEADS)
+    tokens = model.contract.tokenize(captions)
+    said = model(view, tokens)
+    sum(said[name].square().sum() for name in read).backward()
+    reached = {name for name, p in model.named_parameters() if p.grad is not None}
+    model.freeze_all_but(set(read))
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == reached
+    parts = {"visual.": "image tower", "projector.": "projector", "prototype_head.": "head", "class_head.": "class"}
+    still = [p for n, p in model.named_parameters() if n not in reached]
+    assert bool(still) == bool(model.frozen)
+    for start, part in parts.items():
+        named = [name for name, _ in model.named_parameters() if start in name]
+        assert any(part in name for name in model.frozen) == any(name not in reached for name in named)
+
+
+def test_a_frozen_tower_stays_as_it_is(student, view, captions):
+    """Running statistics too, also when the engine asks for training mode again."""
+    model = student("resnet")
+    model.freeze_all_but({"text"})
+    model.eval().train()
+    before = {name: tensor.clone() for name, tensor in model.clip.visual.state_dict().items()}
+    model(view, model.contract.tokenize(captions))
+    torch.testing.assert_close(model.clip.visual.state_dict(), before, rtol=0, atol=0)
+    assert model.clip.transformer.training
+
+
+def test_a_masked_view_is_the_image_towers(student):
+    """And its projection that of the image projector."""
+    model = student(teacher_dim=24, projector="linear", mask_ratio=0.5)
+    model.freeze_all_but({"projected_masked_image"})
+    assert model.frozen == ["text tower", "text projector"]
