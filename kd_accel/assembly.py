@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor
 
 from kd_accel import distributed
+from kd_accel.bindings import features_read
 from kd_accel.config import TrainConfig, teachers_of
 from kd_accel.data.loader import TrainLoader
 from kd_accel.fit import check_class_width, check_fit
@@ -22,12 +25,14 @@ def build_teachers(config: TrainConfig) -> dict[str, Teacher]:
 
 
 def build_student(config: TrainConfig, teachers: dict[str, Teacher]) -> Student:
-    """With the masked view that a term asks for. Raises ConfigError."""
+    """With the masked view that a term asks for, and frozen where no term reads it. Raises ConfigError."""
     ratios = {t.mask_ratio for t in config.objective.terms.values() if isinstance(t, MaskedFeatureMSE)}
     if len(ratios) > 1:
         raise ConfigError(f"objective.terms: masked_feature_mse with mask_ratio {sorted(ratios)}: one view is made")
     dims = {name: teacher.embed_dim for name, teacher in teachers.items()}
-    return Student(config.student, dims, mask_ratio=next(iter(ratios), None))
+    student = Student(config.student, dims, mask_ratio=next(iter(ratios), None))
+    student.freeze_all_but(set().union(*(features_read(t, student.widths) for t in config.objective.terms.values())))
+    return student
 
 
 def build_loader(config: TrainConfig, student: Student, teachers: dict[str, Teacher]) -> TrainLoader:
@@ -48,10 +53,11 @@ def build_objective(
     """For what these models and data are. Raises ConfigError for terms that do not fit them."""
     specs = {name: teacher.spec for name, teacher in teachers.items()}
     sizes = {"num_samples": loader.num_samples, "global_batch": loader.global_batch}
-    check_fit(config.objective, widths=student.widths, teachers=specs, **sizes)
+    check_fit(config.objective, widths=student.widths, teachers=specs, own_bias=student.scale.bias, **sizes)
     return Objective(
         config.objective,
         log_scale=student.scale.log_scale,
+        logit_bias=student.scale.bias,
         teachers=specs,
         widths=student.widths,
         num_ids=loader.num_samples,
@@ -59,6 +65,22 @@ def build_objective(
         betas=config.optim.betas,
         eps=config.optim.eps,
     )
+
+
+def remarks(config: TrainConfig, student: Student) -> list[str]:
+    """What is not as the weights brought it, or not trained; a sentence each, for the log."""
+    said, own, asked = [], student.scale, config.objective
+    if student.frozen:
+        said.append(f"frozen, because no term of the objective reads what it says: {', '.join(student.frozen)}")
+    if None not in (own.bias, asked.logit_bias) and not math.isclose(own.bias, asked.logit_bias, rel_tol=1e-6):
+        said.append(f"objective.logit_bias={asked.logit_bias:g} replaces the student's own, {own.bias:g}")
+    held = min(max(own.log_scale, 0.0), -math.log(asked.temperature.min))
+    if asked.temperature.init is None and not math.isclose(own.log_scale, held, abs_tol=1e-6):
+        said.append(
+            f"the student's own temperature, {math.exp(-own.log_scale):.4g}, is held at {math.exp(-held):.4g}:"
+            f" objective.temperature.min={asked.temperature.min:g}, and no temperature is above 1"
+        )
+    return said
 
 
 def _class_embeddings(config: TrainConfig, student: Student, teachers: dict[str, Teacher]) -> dict[str, Tensor]:

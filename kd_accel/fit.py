@@ -30,10 +30,11 @@ def check_fit(
     teachers: dict[str, TeacherSpec],
     num_samples: int,
     global_batch: int,
+    own_bias: float | None,
 ) -> None:
     """Raises ConfigError, one line per term that cannot work.
 
-    `widths` are those of the student's features by name.
+    `widths` are those of the student's features by name, `own_bias` the logit bias that it brings.
     """
     problems = []
     for name, term in config.terms.items():
@@ -61,6 +62,11 @@ def check_fit(
                 problems.append(
                     f"{key}.network.prototypes={term.network.prototypes} are taken from the first global batch, which"
                     f" has {global_batch} samples: lower it, or raise data.batch_size"
+                )
+            case terms.SigLip() if config.logit_bias is None and own_bias is None:
+                problems.append(
+                    f"{key} is siglip and needs a bias, which the student does not bring: set objective.logit_bias (-10"
+                    " in the paper, with temperature.init=0.1)"
                 )
             case _ if global_batch < 2 and isinstance(term, _SEVERAL):
                 problems.append(f"{key} compares different samples: raise data.batch_size above {global_batch}")

@@ -67,6 +67,7 @@ class Objective(nn.Module):
         config: ObjectiveConfig,
         *,
         log_scale: float = -math.log(0.07),
+        logit_bias: float | None = None,
         teachers: dict[str, TeacherSpec] | None = None,
         widths: dict[str, int] | None = None,
         num_ids: int | None = None,
@@ -74,8 +75,9 @@ class Objective(nn.Module):
         betas: tuple[float, float] = (0.9, 0.98),
         eps: float = 1e-8,
     ):
-        """`log_scale` is what the student starts with, `widths` those of its features by name, `num_ids` the number
-        of samples in the data, `class_embeddings` [C, d] by the name of the label_ce term that uses them."""
+        """`log_scale` and `logit_bias` are what the student starts with unless `config` says otherwise, `widths` those
+        of its features by name, `num_ids` the number of samples in the data, `class_embeddings` [C, d] by the name of
+        the label_ce term that uses them."""
         super().__init__()
         if taken := [name for name in config.terms if name in dir(nn.ParameterDict()) + dir(nn.ModuleDict())]:
             raise ConfigError(
@@ -87,7 +89,8 @@ class Objective(nn.Module):
         init = config.temperature.init
         start = torch.tensor(log_scale if init is None else -math.log(init))
         self.log_scale = nn.Parameter(start.clone(), requires_grad=config.temperature.learnable)
-        self.logit_bias = None if config.logit_bias is None else nn.Parameter(torch.tensor(config.logit_bias))
+        bias = logit_bias if config.logit_bias is None else config.logit_bias
+        self.logit_bias = None if bias is None else nn.Parameter(torch.tensor(bias))
         self.own_log_scale = nn.ParameterDict(
             {name: nn.Parameter(start.clone()) for name, term in config.terms.items() if terms.has_own_scale(term)}
         )

@@ -12,7 +12,7 @@ from pydantic import Field, field_validator, model_validator
 
 from kd_accel.schedules import Scheduled
 from kd_accel.schema import Schema
-from kd_accel.terms import AnyTerm, SigLip
+from kd_accel.terms import AnyTerm
 
 
 class AugmentConfig(Schema):
@@ -159,7 +159,9 @@ class ObjectiveConfig(Schema):
     """Name of your choice -> term; a name set to null drops a term that a base file brought."""
     temperature: TemperatureConfig = TemperatureConfig()
     logit_bias: float | None = None
-    """Start of the learnable bias on the student's logits; siglip needs it (-10 in the paper), others ignore it."""
+    """Start of the learnable bias on the student's logits, of which only siglip makes use (-10 in the paper).
+
+    null: the pretrained student's own, where it brings one."""
     chunk_rows: int = Field(256, gt=0)
     """Rows of a process that are compared with all columns at a time: memory grows with chunk_rows x global batch."""
     memory: Literal["replicated", "sharded"] = "replicated"
@@ -180,11 +182,6 @@ class ObjectiveConfig(Schema):
         kept = {name: term for name, term in self.terms.items() if term is not None}
         if not kept:
             raise ValueError("terms: every term is null; at least one is needed")
-        siglip = [name for name, term in kept.items() if isinstance(term, SigLip)]
-        if siglip and self.logit_bias is None:
-            raise ValueError(
-                f"terms.{siglip[0]} is siglip and needs logit_bias (-10 in the paper, with temperature.init=0.1)"
-            )
         self.__dict__["terms"] = kept
         return self
 

@@ -258,6 +258,8 @@ class Trainer:
         loader, ranks = self.loader, distributed.world_size()
         engine = f"ZeRO-{self.engine.zero_stage}" if self.engine.zero_stage else "DDP" if ranks > 1 else "one process"
         log.info("%s, %s, on %s", engine, self.config.precision, self.accelerator.device)
+        for line in assembly.remarks(self.config, self.student):
+            log.warning("%s", line)
         micro_batches = f" x {loader.accumulate} micro-batches" if loader.accumulate > 1 else ""
         log.info(
             f"%d samples; %d per process{micro_batches} x %d processes = %d samples per step; %d steps per epoch;"

@@ -13,10 +13,19 @@ from kd_accel.types import TeacherSpec
 WIDTHS = {"image": 8, "text": 8}
 
 
-def check(term: dict, *, widths: dict[str, int] = WIDTHS, num_samples: int = 100, global_batch: int = 16) -> None:
-    config = validate(ObjectiveConfig, {"terms": {"x": term}})
+def check(
+    term: dict,
+    *,
+    widths: dict[str, int] = WIDTHS,
+    num_samples: int = 100,
+    global_batch: int = 16,
+    own_bias: float | None = None,
+    **values,
+) -> None:
+    config = validate(ObjectiveConfig, {"terms": {"x": term}, **values})
     teachers = {"teacher": TeacherSpec(12, 1.0)}
-    check_fit(config, widths=widths, teachers=teachers, num_samples=num_samples, global_batch=global_batch)
+    sizes = {"num_samples": num_samples, "global_batch": global_batch}
+    check_fit(config, widths=widths, teachers=teachers, own_bias=own_bias, **sizes)
 
 
 @pytest.mark.parametrize(
@@ -90,6 +99,14 @@ def test_hardness_needs_two_samples():
         check(term, global_batch=1)
     check(term, global_batch=2)
     check(term | {"confidence": True}, global_batch=1)
+
+
+def test_siglip_needs_a_bias():
+    """The config's, or the student's own."""
+    with pytest.raises(ConfigError, match=r"^objective.terms.x is siglip and needs a bias.*set objective.logit_bias"):
+        check({"kind": "siglip"})
+    check({"kind": "siglip"}, own_bias=-12.9)
+    check({"kind": "siglip"}, logit_bias=-10.0)
 
 
 def test_class_embeddings_of_another_width():

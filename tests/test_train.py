@@ -7,15 +7,17 @@ import math
 import os
 import shutil
 import tarfile
+from types import SimpleNamespace
 
 import pytest
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
-from kd_accel import checkpoint, saver
+from kd_accel import assembly, checkpoint, saver
 from kd_accel.config import TrainConfig
 from kd_accel.models.release import resolve_release
+from kd_accel.models.towers import Scale
 from kd_accel.schema import ConfigError, validate
 from kd_accel.train import Trainer, run
 
@@ -133,6 +135,68 @@ def test_pretrained_student_keeps_its_temperature(config, tmp_path, tiny_teacher
     objective = {"terms": {"clip": {"kind": "clip"}, "kl": {"kind": "logit_kl"}}, "temperature": {"init": 0.1}}
     run(config(name="given", student=student, objective=objective, optim={"lr": 1e-2, "steps": 1}))
     assert rows(tmp_path / "given")[0]["temperature"] == pytest.approx(0.1)
+
+
+def test_a_tower_that_no_term_reads_stays_as_it_is(config, tmp_path, tiny_teacher):
+    """Weight decay would take it to zero: bit for bit the pretrained one, also after a resume, and the log says so."""
+    start = tiny_teacher / "open_clip_model.safetensors"
+    values = {
+        "student": {"arch": tiny.arch(24, 12), "pretrained": str(start)},
+        "objective": {"terms": {"image": {"kind": "embedding_mse", "match": {"image": "image"}}}},
+        "save": {"every_steps": 1, "keep_last": 9},
+    }
+    optim = {"lr": 1e-2, "weight_decay": 0.5}
+    run(config(**values, optim=optim | {"steps": 2}))
+    run(config(**values, optim=optim | {"steps": 3}, resume="auto"))
+    before = load_file(start)
+    after = load_file(tmp_path / "run/checkpoints/step_00000003/student/open_clip_model.safetensors")
+    changed = {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}
+    assert changed - {"logit_scale"} == {name for name in before if name.startswith("visual.")}
+    moments = state_of(tmp_path / "run")["exp_avg.safetensors"]
+    assert {name.split(".")[1] for name in moments} == {"visual"}
+    said = "frozen, because no term of the objective reads what it says: text tower\n"
+    assert said in (tmp_path / "run" / "out.log").read_text()
+
+
+@pytest.mark.parametrize(("asked", "expected"), [(None, -12.9), (-10.0, -10.0)], ids=["own", "given"])
+def test_pretrained_student_keeps_its_bias(config, tmp_path, tiny_teacher, asked, expected):
+    """objective.logit_bias=null starts from the weights' own; a number replaces it, and the log says so."""
+    weights = load_file(tiny_teacher / "open_clip_model.safetensors")
+    weights |= {"logit_scale": torch.tensor(math.log(117.3)), "logit_bias": torch.tensor(-12.9)}
+    save_file(weights, tmp_path / "siglip.safetensors")
+    run(
+        config(
+            student={"arch": tiny.arch(24, 12), "pretrained": str(tmp_path / "siglip.safetensors")},
+            teacher=None,
+            objective={"terms": {"s": {"kind": "siglip"}}, "logit_bias": asked},
+            optim={"lr": 1e-12, "steps": 1},  # so that the release has what it started with
+        )
+    )
+    release = load_file(tmp_path / "run/checkpoints/step_00000001/student/open_clip_model.safetensors")
+    assert release["logit_bias"].item() == pytest.approx(expected)
+    said = (tmp_path / "run" / "out.log").read_text()
+    assert ("objective.logit_bias=-10 replaces the student's own, -12.9" in said) == (asked is not None)
+    assert "own temperature, 0.008525, is held at 0.01: objective.temperature.min=0.01" in said
+
+
+def test_what_a_student_brings_is_not_worth_a_line_when_it_stays(config, tiny_teacher):
+    """CLIP's own scale of 100 is the bound itself, up to fp32; the same bias twice is no change."""
+    own = Scale(torch.tensor(math.log(100)).item(), -10.0)
+    student = SimpleNamespace(frozen=[], scale=own)
+    objective = {"terms": {"s": {"kind": "siglip"}}, "logit_bias": -10.0}
+    assert assembly.remarks(config(teacher=None, objective=objective), student) == []
+
+
+def test_bias_that_no_term_uses_is_released_as_it_came(config, tmp_path, tiny_teacher):
+    """A SigLIP student that goes on with InfoNCE."""
+    weights = load_file(tiny_teacher / "open_clip_model.safetensors") | {"logit_bias": torch.tensor(-12.9)}
+    save_file(weights, tmp_path / "siglip.safetensors")
+    student = {"arch": tiny.arch(24, 12), "pretrained": str(tmp_path / "siglip.safetensors")}
+    run(
+        config(student=student, teacher=None, objective={"terms": {"c": {"kind": "clip"}}}, optim={"lr": 1, "steps": 1})
+    )
+    release = load_file(tmp_path / "run/checkpoints/step_00000001/student/open_clip_model.safetensors")
+    assert release["logit_bias"] == torch.tensor(-12.9)
 
 
 # What it refuses ------------------------------------------------------------------------------------------------------
