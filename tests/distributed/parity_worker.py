@@ -53,6 +53,10 @@ TERMS = {
         "kl": {"kind": "logit_kl", "confidence": True, "teacher": "second"},
         "fusion": {"kind": "augmented_feature", "teacher": "first"},
     },
+    "image_kd": {  # the text tower and its projector are frozen
+        "mse": {"kind": "embedding_mse", "match": {"image": "image"}, "teacher": "first"},
+        "cosine": {"kind": "cosine", "match": {"image": "text"}, "teacher": "second"},
+    },
 }
 
 
@@ -145,7 +149,8 @@ def gradients(engine: Engine) -> dict:
     from deepspeed.utils import safe_get_full_grad
 
     full = safe_get_full_grad if engine.zero_stage else lambda parameter: distributed.whole(parameter.grad)
-    return {name: full(p).detach().float().cpu().clone() for name, p in engine.student.named_parameters()}
+    trained = [(name, p) for name, p in engine.student.named_parameters() if p.requires_grad]
+    return {name: full(p).detach().float().cpu().clone() for name, p in trained}
 
 
 def start(cell: Cell, teacher: str) -> tuple[TrainConfig, Engine, Objective]:
