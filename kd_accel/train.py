@@ -267,6 +267,9 @@ class Trainer:
             *(loader.num_samples, loader.batch_size, ranks, loader.global_batch, loader.steps_per_epoch),
             self.total_steps,
         )
+        if held := self.objective.memory_bytes():
+            memory = self.config.objective.memory
+            log.info("memory by sample id: %s, %.1f MiB per process", memory, held / 2**20)
 
 
 def _micro_batch_size(config: TrainConfig) -> int:
