@@ -80,7 +80,7 @@ def test_memory_and_files_stay(data_root, tiny_teacher, tmp_path, capsys):
     """ZeRO-2, bf16, two ranks and their loader workers, every kind of loss memory, a checkpoint every 100 steps.
 
     Medians over 200 steps, so that a checkpoint's copies do not count: resident memory grows by less than 2 %, which is
-    about 7 kB a step in 2,000 steps of a 700 MB process, and the number of open files not at all.
+    about 12 kB a step in 2,000 steps of a process of 1 GB, and the number of open files not at all.
     """
     shards = tmp_path / "pairs"
     shards.mkdir()
