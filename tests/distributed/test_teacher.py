@@ -78,7 +78,8 @@ def test_teacher_is_in_no_file(folder, teacher, stage, placement):
     checkpoint = folder / case(stage, placement) / "checkpoints" / "step_00000003"
     files = {str(path.relative_to(checkpoint)): load_file(path) for path in checkpoint.rglob("*.safetensors")}
     of_student = [f"state/{name}.safetensors" for name in ("weights", "exp_avg", "exp_avg_sq")]
-    other = {f"state/{name}.safetensors" for name in ("objective", "random_00000", "random_00001")}
+    others = ("objective", "memory_00000_of_00001", "random_00000", "random_00001")
+    other = {f"state/{name}.safetensors" for name in others}
     release = "student/open_clip_model.safetensors"
     assert files.keys() == {*of_student, *other, release}
 
