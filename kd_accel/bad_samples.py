@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
+from contextlib import closing
 from pathlib import Path
 
 from kd_accel import distributed
 from kd_accel.data.loader import TrainLoader
+from kd_accel.logs import LineFile
 from kd_accel.schema import ConfigError
 
 log = logging.getLogger("kd_accel")
@@ -27,8 +29,9 @@ def count_bad_samples(loader: TrainLoader, path: Path, *, before: int, samples: 
     total = before + len(records)
     last = records[-1]
     if distributed.is_main():
-        with path.open("a") as file:
-            file.writelines(json.dumps(record) + "\n" for record in records)
+        with closing(LineFile(path)) as file:
+            for record in records:
+                file.write(json.dumps(record))
         log.warning("%d unreadable samples replaced so far, the last: %s", total, last)
     judged = max(samples, min(loader.num_samples, MIN_SAMPLES_TO_JUDGE))
     if total > max_fraction * judged:

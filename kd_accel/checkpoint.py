@@ -17,6 +17,7 @@ import json
 import os
 import re
 import shutil
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -122,7 +123,7 @@ def publish(folder: Path, files: dict[str, list], config: SaveConfig) -> Path:
     for path in [folder / FILES, *(path for path in folder.rglob("*") if path.is_dir()), folder]:
         _flush(path)
     target = folder.with_name(folder.name.removeprefix(PARTIAL))
-    shutil.rmtree(target, ignore_errors=True)  # left by a run that was resumed from before this step
+    _remove(target)  # left by a run that was resumed from before this step
     os.rename(folder, target)
     _flush(target.parent)
     pointer = target.parent / f".{LATEST}"
@@ -130,7 +131,7 @@ def publish(folder: Path, files: dict[str, list], config: SaveConfig) -> Path:
     _flush(pointer)
     os.replace(pointer, target.parent / LATEST)
     _flush(target.parent)
-    _prune(target.parent, config)
+    _prune(target, config)
     return target
 
 
@@ -238,7 +239,7 @@ def newest(run: Path) -> Path | None:
     folder = run / "checkpoints"
     try:
         named = folder / (folder / LATEST).read_text().strip()
-    except OSError:
+    except (OSError, UnicodeDecodeError):
         named = folder
     if (named / "state" / "progress.json").is_file():
         return named
@@ -282,11 +283,17 @@ def _fingerprint(path: Path) -> list:
         return [path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()]
 
 
-def _prune(folder: Path, config: SaveConfig) -> None:
-    """Drop checkpoints that neither keep_last nor keep_every holds."""
-    for path in _steps(folder)[: -config.keep_last]:
+def _prune(newest: Path, config: SaveConfig) -> None:
+    """Drop checkpoints that neither keep_last nor keep_every holds; later ones are of an attempt that was given up."""
+    for path in [path for path in _steps(newest.parent) if path <= newest][: -config.keep_last]:
         if config.keep_every is None or int(path.name.removeprefix("step_")) % config.keep_every:
-            shutil.rmtree(path)
+            _remove(path)
+
+
+def _remove(checkpoint: Path) -> None:
+    """Drop a checkpoint, where it is there; a kill leaves it whole, or under a name that `drop_partial` knows."""
+    with suppress(OSError):
+        shutil.rmtree(checkpoint.rename(checkpoint.with_name(f"{PARTIAL}old_{checkpoint.name}")))
 
 
 def _steps(folder: Path) -> list[Path]:

@@ -10,6 +10,8 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -17,6 +19,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
+
+from kd_accel.schema import ConfigError
 
 
 def start_process_group(timeout_s: float) -> None:
@@ -30,6 +34,15 @@ def start_process_group(timeout_s: float) -> None:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+
+
+def wait_at_most(timeout_s: float) -> None:
+    """Let groups that are made from here on give up on a rank after `timeout_s` seconds.
+
+    Engines make some of their own without a word about time, and would wait for torch's default of half an hour.
+    """
+    timeout = timedelta(seconds=timeout_s)
+    dist.distributed_c10d.default_pg_timeout = dist.distributed_c10d.default_pg_nccl_timeout = timeout
 
 
 def world_size() -> int:
@@ -129,6 +142,22 @@ def from_main(value: Any) -> Any:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+@contextmanager
+def failing_together() -> Iterator[None]:
+    """Whatever OSError or ConfigError some rank meets inside, every rank raises as ConfigError at the end; collective.
+
+    The block itself has no collectives.
+    """
+    failed = None
+    try:
+        yield
+    except (OSError, ConfigError) as error:
+        failed = str(error)
+    failures = [said for said in gather_objects(failed) if said is not None]
+    if failures:
+        raise ConfigError(failures[0])
 
 
 LOST = ("closed by peer", "Connection reset", "Timed out waiting", "timed out after", "Broken pipe", "NCCL", "gloo")

@@ -13,6 +13,7 @@ from datetime import timedelta
 
 import torch
 
+from kd_accel import distributed
 from kd_accel.schema import ConfigError
 
 
@@ -32,6 +33,7 @@ def start_accelerator(
     from accelerate import Accelerator, InitProcessGroupKwargs
 
     timeout = timedelta(seconds=timeout_s)
+    distributed.wait_at_most(timeout_s)
     # Without the backend's name Accelerate believes on a machine without GPU that every rank is alone.
     handlers = [InitProcessGroupKwargs(backend="gloo" if on_cpu else "nccl", timeout=timeout)]
     mixed = "bf16" if precision == "bf16" else "no"

@@ -29,13 +29,12 @@ from tqdm import tqdm
 
 from kd_accel.config import TrainConfig
 from kd_accel.distributed import is_main, world_size
+from kd_accel.logs import LOG, LineFile, start_logging
 from kd_accel.schema import ConfigError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-LOG = logging.getLogger("kd_accel")
-FORMAT = "%(asctime)s | %(levelname)s | %(message)s"
 PACKAGES = ("kd_accel", "torch", "accelerate", "deepspeed", "transformers", "open_clip_torch", "webdataset", "numpy")
 
 
@@ -44,7 +43,7 @@ class MetricsLog:
 
     run_dir: Path
     total_steps: int
-    _file: Any  # metrics.jsonl; None on ranks other than the main one, like everything below
+    _file: LineFile | None  # metrics.jsonl; None on ranks other than the main one, like everything below
     _bar: tqdm | None  # on a terminal only
     _handlers: list[logging.Handler]  # of the logger "kd_accel": out.log and the console
     _accelerator: Accelerator | None  # None without trackers
@@ -76,9 +75,9 @@ class MetricsLog:
         self.run_dir.mkdir(parents=True, exist_ok=True)
         path = self.run_dir / "metrics.jsonl"
         drop_rows_after(path, start_step)
-        self._file = path.open("a", encoding="utf-8")
+        self._file = LineFile(path)
         terminal = sys.stderr.isatty()
-        self._handlers = _start_logging(self.run_dir / "out.log", rows_on_console=not terminal)
+        self._handlers = start_logging(self.run_dir / "out.log", rows_on_console=not terminal)
         if terminal:
             self._bar = tqdm(total=self.total_steps, initial=start_step, unit="step", dynamic_ncols=True)
 
@@ -89,8 +88,7 @@ class MetricsLog:
             self._accelerator.log(values, step=int(row["step"]))
         if self._file is None:
             return
-        self._file.write(_to_json(row) + "\n")
-        self._file.flush()
+        self._file.write(_to_json(row))
         LOG.info(_line(row, self.total_steps), extra={"is_row": True})
         if self._bar is not None:
             shown = {key: f"{row[key]:.4g}" for key in ("loss", "lr", "samples_per_second") if key in row}
@@ -238,25 +236,6 @@ def _line(row: dict[str, float], total_steps: int) -> str:
             case _:
                 parts.append(f"{key} {value:.4g}")
     return " | ".join(parts)
-
-
-class _Console(logging.Handler):
-    """Lines on stderr that leave a progress bar whole."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=sys.stderr)
-
-
-def _start_logging(path: Path, *, rows_on_console: bool) -> list[logging.Handler]:
-    """Send the logger "kd_accel" to `path` and to the console; rows go there only where no progress bar shows them."""
-    console = _Console()
-    console.addFilter(lambda record: rows_on_console or not getattr(record, "is_row", False))
-    handlers = [logging.FileHandler(path, encoding="utf-8"), console]
-    for handler in handlers:
-        handler.setFormatter(logging.Formatter(FORMAT))
-        LOG.addHandler(handler)
-    LOG.setLevel(logging.INFO)
-    return handlers
 
 
 def _check_trackers(names: list[str]) -> None:

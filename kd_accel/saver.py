@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 from kd_accel import distributed
-from kd_accel.checkpoint import TrainState, drop_partial, folder_for, publish, take_snapshot, write
+from kd_accel.checkpoint import TrainState, drop_partial, folder_for, newest, publish, take_snapshot, write
 from kd_accel.config import TrainConfig
 from kd_accel.engine import Engine
 from kd_accel.objective import Objective
@@ -32,7 +32,6 @@ class Saver:
         self._snapshot_step: int | None = None  # of the checkpoint under way
         self._thread: threading.Thread | None = None
         self._result: tuple[dict[str, list], str | None] = {}, None  # files written by this rank, what went wrong
-        self.saved: Path | None = None  # the newest one of this process
         if distributed.is_main():
             drop_partial(run)
 
@@ -80,15 +79,15 @@ class Saver:
         if not errors and distributed.is_main():
             try:
                 files = {name: mark for written, _ in results for name, mark in written.items()}
-                self.saved = publish(partial, files, self._config.save)
+                publish(partial, files, self._config.save)
             except OSError as error:
                 errors = [str(error)]
-        errors, self.saved = distributed.from_main((errors, self.saved))
+        errors, whole = distributed.from_main((errors, newest(self._run)))
         if not errors:
             if distributed.is_main():
-                log.info("saved %s", self.saved)
+                log.info("saved %s", whole)
             return
-        said = f"the checkpoint of step {step} could not be written ({errors[0]}); the newest whole one: {self.saved}"
+        said = f"the checkpoint of step {step} could not be written ({errors[0]}); the newest whole one: {whole}"
         if distributed.is_main():
             drop_partial(self._run)
             log.error("%s", said)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 
 STOPPING = (signal.SIGTERM, signal.SIGUSR1)
@@ -10,6 +12,8 @@ STOPPING = (signal.SIGTERM, signal.SIGUSR1)
 
 class StopSignals:
     """Inside `with`, the signals only leave their name in `received`; a second one changes nothing.
+
+    After one they stay without effect behind the `with` too: schedulers repeat themselves, and what stops has saved.
 
     received    None, or the name of the first signal that came
     """
@@ -25,13 +29,18 @@ class StopSignals:
 
     def __exit__(self, *_) -> None:
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if self.received else handler)
 
     def _note(self, number: int, _: FrameType | None) -> None:
         self.received = self.received or signal.Signals(number).name
 
 
-def leave_stopping_to_the_parent() -> None:
-    """For a loader's worker: signals to the whole group must not end it before the parent has saved."""
-    for number in STOPPING:
-        signal.signal(number, signal.SIG_IGN)
+@contextmanager
+def stopping_left_to_the_parent() -> Iterator[None]:
+    """Processes started inside never see the signals: sent to the whole group, they must not end a loader's worker
+    before the parent has saved. What comes to the parent meanwhile reaches it at the end at the latest."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -19,11 +20,11 @@ from kd_accel.bad_samples import count_bad_samples
 from kd_accel.blame import non_finite_rows
 from kd_accel.checkpoint import TrainState
 from kd_accel.config import TrainConfig
-from kd_accel.data.loader import rows_per_micro_batch
+from kd_accel.data.loader import is_lost_worker, rows_per_micro_batch
 from kd_accel.engine import Engine
 from kd_accel.episodes import Episodes
 from kd_accel.launch import end_accelerator, start_accelerator
-from kd_accel.metrics import MetricsLog, Throughput, write_environment
+from kd_accel.metrics import MetricsLog, Throughput, replace_text, write_environment
 from kd_accel.objective import NonFiniteLoss
 from kd_accel.optim import build_optimizer, learning_rates
 from kd_accel.saver import Saver
@@ -50,12 +51,14 @@ def run(config: TrainConfig) -> None:
         finally:
             trainer.metrics.close()
     except RuntimeError as error:
-        if not distributed.is_lost_peer(error):
+        if distributed.is_lost_peer(error):
+            lost = f"{_other_ranks()} died, or did not answer for train.timeout_s={config.train.timeout_s:g}"
+        elif is_lost_worker(error):
+            lost = "a worker of the data loader died; when memory was short, lower data.num_workers"
+        else:
             raise
-        raise LocalError(
-            f"rank {distributed.rank()}: another process of this run died, or did not answer for"
-            f" train.timeout_s={config.train.timeout_s:g} ({_first_line(error)}); start again with resume=auto"
-        ) from error
+        said = f"rank {distributed.rank()}: {lost} ({_first_line(error)}); start again with resume=auto"
+        raise LocalError(said) from error
     finally:
         end_accelerator()
 
@@ -104,8 +107,8 @@ class Trainer:
     def train(self) -> None:
         """Fetch, step, log, save, until the last step or a signal."""
         self._announce()
-        batches = iter(self.loader)
-        with StopSignals(active=self.config.save.on_signal) as signals:
+        # closed even by an error: its traceback would keep the loader's workers, and they the end of the process
+        with closing(iter(self.loader)) as batches, StopSignals(active=self.config.save.on_signal) as signals:
             while self.state.step < self.total_steps:
                 self.episodes.prepare(self._progress())
                 with self.throughput.waiting():
@@ -152,6 +155,8 @@ class Trainer:
         self.state.skipped_in_a_row += 1
         said = f"step {self.state.step + 1}: {cause}"
         if self.state.skipped_in_a_row > self.config.train.max_skipped:
+            if self.saver.is_under_way():
+                self.saver.finish()
             raise ConfigError(
                 f"{said}; {self.state.skipped_in_a_row} steps in a row were skipped (train.max_skipped="
                 f"{self.config.train.max_skipped}): lower optim.lr or that term's weight, or look at those samples;"
@@ -190,10 +195,10 @@ class Trainer:
             self._count_bad_samples()
             self.state.data = self.loader.state_dict()
             self.saver.save(engine=self.engine, objective=self.objective, state=self.state, at_end=at_end)
-        if stop and distributed.is_main():
-            log.info(
-                "stopped by %s after step %d; resume=auto goes on", signals.received or "a signal", self.state.step
-            )
+        if stop:
+            signals.received = signals.received or "a signal to another rank"
+            if distributed.is_main():
+                log.info("stopped by %s after step %d; resume=auto goes on", signals.received, self.state.step)
         return stop
 
     def _count_bad_samples(self) -> None:
@@ -228,13 +233,13 @@ class Trainer:
             # first, because memory by sample id is only of the data that it was made with
             self.loader.load_state_dict(checkpoint.read_progress(resume_from).data)
             self.state = checkpoint.restore(resume_from, engine=self.engine, objective=self.objective)
-        if distributed.is_main():
-            self._make_folder()
-        distributed.barrier()
+        with distributed.failing_together():
+            if distributed.is_main():
+                self._make_folder()
+            at = {"start_step": self.state.step, "total_steps": self.total_steps}
+            self.metrics = MetricsLog(self.folder, self.config, accelerator=self.accelerator, **at)
         steps = {"steps_per_epoch": self.loader.steps_per_epoch, "total_steps": self.total_steps}
         self.saver = Saver(self.folder, self.config, **steps)
-        at = {"start_step": self.state.step, "total_steps": self.total_steps}
-        self.metrics = MetricsLog(self.folder, self.config, accelerator=self.accelerator, **at)
         self.throughput = Throughput()
         if not distributed.is_main():
             return
@@ -246,10 +251,10 @@ class Trainer:
     def _make_folder(self) -> None:
         try:
             (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-            (self.folder / "config.yaml").write_text(dump(self.config))
+            replace_text(self.folder / "config.yaml", dump(self.config))
             write_environment(self.folder)
         except OSError as error:
-            raise LocalError(f"output_dir={self.config.output_dir}: cannot be written to ({error})") from None
+            raise ConfigError(f"output_dir={self.config.output_dir}: cannot be written to ({error})") from None
 
     def _announce(self) -> None:
         """Say in sentences what the numbers of the config come to."""
@@ -275,6 +280,12 @@ class Trainer:
 def _micro_batch_size(config: TrainConfig) -> int:
     """Samples per process and forward pass, known before the loader is, because DeepSpeed wants it first."""
     return rows_per_micro_batch(config.data, int(os.environ.get("WORLD_SIZE", "1")), config.train.accumulate)
+
+
+def _other_ranks() -> str:
+    """In words; who of several is lost, nobody can tell."""
+    rank, others = distributed.rank(), distributed.world_size() - 1
+    return f"rank {1 - rank}" if others == 1 else f"one of the {others} other ranks"
 
 
 def _first_line(error: BaseException) -> str:

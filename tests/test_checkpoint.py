@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -57,12 +58,12 @@ def test_latest_names_the_newest(run):
     assert checkpoint.newest(run).name == "step_00000004"
 
 
-@pytest.mark.parametrize("pointer", [None, "step_00000099\n", ""])
+@pytest.mark.parametrize("pointer", [None, b"step_00000099\n", b"", bytes(13), b"\xff"])
 def test_lost_pointer_falls_back_to_the_highest_step(run, pointer):
-    """A deleted, dangling or empty `latest`, and a half-written checkpoint beside: the highest whole one."""
+    """A deleted, dangling, empty or damaged `latest`, and a half-written checkpoint beside: the highest whole one."""
     (run / "checkpoints" / "latest").unlink()
     if pointer is not None:
-        (run / "checkpoints" / "latest").write_text(pointer)
+        (run / "checkpoints" / "latest").write_bytes(pointer)
     add(run, ".partial_step_00000014")
     assert checkpoint.newest(run).name == "step_00000012"
 
@@ -98,8 +99,28 @@ def test_path_must_be_a_checkpoint(run):
 )
 def test_keep_rules(run, options, kept):
     """The newest keep_last stay, and every multiple of keep_every."""
-    checkpoint._prune(run / "checkpoints", SaveConfig(**options))
+    checkpoint._prune(run / "checkpoints" / "step_00000012", SaveConfig(**options))
     assert steps(run) == kept
+
+
+def test_what_is_published_stays(run):
+    """Checkpoints of later steps, which a resumed run went back behind, do not push it out; its elders go."""
+    partial = checkpoint.folder_for(run, 5)
+    checkpoint.publish(partial, checkpoint.write(snapshot(5), partial), SaveConfig(keep_last=1))
+    assert steps(run) == [5, 6, 8, 10, 12]
+    assert checkpoint.newest(run).name == "step_00000005"
+
+
+def test_a_kill_while_one_is_dropped_leaves_no_half(run, monkeypatch):
+    """Neither of those that make room nor of the one that is replaced; drop_partial cleans up."""
+    monkeypatch.setattr(shutil, "rmtree", lambda path, **_: None)  # killed before the first file is gone
+    partial = checkpoint.folder_for(run, 8)
+    checkpoint.publish(partial, checkpoint.write(snapshot(8), partial), SaveConfig(keep_last=2))
+    assert steps(run) == [6, 8, 10, 12]
+    monkeypatch.undo()
+    checkpoint.drop_partial(run)
+    names = {path.name for path in (run / "checkpoints").iterdir()}
+    assert names == {"latest", *(f"step_{step:08d}" for step in (6, 8, 10, 12))}
 
 
 def test_published_checkpoint_replaces_and_is_readable(run):

@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "kd_accel"
 # A folder stands for its files, unless one of them is named by itself.
 LAYERS = (
     ("__init__ types schema schedules terms sections config help",),
-    ("distributed", "losses", "random_state signals"),
+    ("distributed", "losses", "random_state signals logs"),
     ("memory", "models", "data", "blame", "replay"),
     ("objective own_optimizer chunks temperature bindings recall fit",),
     ("launch engine masters optim lamb metrics checkpoint memory_files saver bad_samples assembly episodes evals",),

@@ -20,7 +20,7 @@ from kd_accel.data.order import epoch_order, num_batches
 from kd_accel.data.shards import BadSample, Sample, ShardReader
 from kd_accel.data.transforms import decode, train_view
 from kd_accel.schema import ConfigError, LocalError
-from kd_accel.signals import leave_stopping_to_the_parent
+from kd_accel.signals import stopping_left_to_the_parent
 from kd_accel.types import Batch, InputContract
 
 MAX_TRIES = 100  # samples in a row, from a bad one on, until the data counts as unusable
@@ -79,11 +79,12 @@ class TrainLoader:
             num_workers=self._config.num_workers,
             collate_fn=_as_it_is,
             pin_memory=torch.cuda.is_available(),
-            worker_init_fn=lambda _: leave_stopping_to_the_parent(),
             generator=torch.Generator(),  # torch would draw the workers' seed from the global generator
         )
+        with stopping_left_to_the_parent():
+            items = iter(loader)  # starts the workers
         micro_batches = []
-        for item in loader:
+        for item in items:
             if isinstance(item, ConfigError):
                 raise item
             ids, image, tokens, labels, bad = item
@@ -203,6 +204,11 @@ def rows_per_micro_batch(config: DataConfig, world_size: int, accumulate: int) -
             f" processes{micro_batches}: choose a multiple of {parts}"
         )
     return config.global_batch_size // parts
+
+
+def is_lost_worker(error: BaseException) -> bool:
+    """Whether a worker's process was ended from outside; torch only says so in words."""
+    return isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker (pid")
 
 
 def _token_kind(contract: InputContract) -> tuple[str, int]:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import random
 import shutil
+import signal
+from contextlib import closing
 from itertools import islice
 
 import numpy as np
+import psutil
 import pytest
 import tiny
 import torch
@@ -270,6 +273,20 @@ def test_a_worker_uses_one_thread(make_shards, make_loader, contract):
     (batch,) = take(loader, 1)
     torch.set_num_threads(before)
     assert batch.text["student"].unique().tolist() == [1]
+
+
+def test_a_worker_leaves_stopping_to_its_parent(make_shards, make_loader):
+    """SIGTERM to everyone must not end it before the parent has saved; closing the batches does."""
+    loader, program = make_loader(make_shards(SIZES), num_workers=1), psutil.Process()
+    before = program.children()
+    with closing(iter(loader)) as batches:
+        next(batches)
+        (worker,) = [c for c in program.children() if c not in before and c.cmdline() == program.cmdline()]
+        worker.send_signal(signal.SIGTERM)
+        for _ in range(10):
+            next(batches)
+        assert worker.is_running()
+    assert worker not in program.children()
 
 
 def test_workers_live_for_more_than_one_epoch(make_shards, make_loader, contract):

@@ -13,13 +13,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
-from conftest import REPO, kill_tree
+from conftest import REPO, kill_tree, run_process
 from distributed import fault_worker
-from distributed.test_resume import SHARDED, command, curve, zero
+from distributed.test_resume import SHARDED, TWO, command, curve, zero
 from safetensors.torch import load_file
 
 from kd_accel import checkpoint
@@ -95,6 +97,10 @@ def assert_same_run(ours: Path, theirs: Path) -> None:
             assert torch.equal(tensor.nan_to_num(), other[file][name].nan_to_num()), f"{file}: {name}"
 
 
+def errors_of(ranks: Ranks) -> list[str]:
+    return [line for said in ranks.said() for line in said.splitlines() if line.startswith("error:")]
+
+
 @pytest.fixture
 def start(tmp_path, train_shards, tiny_teacher, free_port):
     """A function that starts ranks on the run `name`; those still alive are killed at the end."""
@@ -113,18 +119,34 @@ def start(tmp_path, train_shards, tiny_teacher, free_port):
         ranks.kill()
 
 
+SELDOM = "save.every_steps=20"
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, train_shards, tiny_teacher):
+    """The run of two ranks that no signal stops."""
+    folder = tmp_path_factory.mktemp("whole")
+    run_process(command(TWO, folder, train_shards, tiny_teacher, "whole", LONG, SHARDED, SELDOM), env=zero(2))
+    return folder / "whole"
+
+
 @pytest.mark.parametrize(
     ("number", "background"), [(signal.SIGTERM, False), (signal.SIGUSR1, True)], ids=lambda value: str(value)
 )
-def test_a_signal_to_one_rank_stops_all_after_the_same_step(start, tmp_path, number, background):
-    """ZeRO-2 on two, the second rank gets it thrice: both save that step and exit 0; the rest is the same run."""
+def test_a_signal_to_one_rank_stops_all_after_the_same_step(start, whole, tmp_path, number, background):
+    """ZeRO-2 on two, the second rank gets it thrice, then both until they end: both save that step and exit 0; the rest
+    is the same run."""
     options = {"count": 2, "env": zero(2)}
-    extra = [SHARDED, f"save.background={str(background).lower()}"]
-    assert start("whole", *extra, **options).wait() == [0, 0]
+    extra = [SHARDED, SELDOM, f"save.background={str(background).lower()}"]
     stopped = start("stopped", *extra, **options)
     stopped.wait_until(reached(tmp_path / "stopped", 5))
     for _ in range(3):
         stopped.processes[1].send_signal(number)
+    stopped.wait_until(lambda: "stopped by" in stopped.said()[0])
+    while None in [process.poll() for process in stopped.processes]:
+        for process in stopped.processes:
+            process.send_signal(number)
+        time.sleep(0.01)
     assert stopped.wait() == [0, 0], stopped.said()
     found = re.search(r"stopped by .* after step (\d+); resume=auto goes on", stopped.said()[0])
     step = int(found[1])
@@ -132,29 +154,49 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(start, tmp_path, num
     assert checkpoint.newest(tmp_path / "stopped").name == f"step_{step:08d}"
     assert len(curve(tmp_path / "stopped")) == step
     assert start("stopped", "resume=auto", *extra, **options).wait() == [0, 0]
-    assert_same_run(tmp_path / "stopped", tmp_path / "whole")
+    assert_same_run(tmp_path / "stopped", whole)
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=["dead", "hanging"])
+@pytest.mark.parametrize("how", ["dead", "hanging"])
 def test_a_lost_rank_ends_the_others(start, tmp_path, how):
-    """The other one says so in one line, within the timeout, and leaves a whole checkpoint behind."""
-    ranks = start("run", "train.timeout_s=8", count=2, env=zero(2))
-    ranks.wait_until(reached(tmp_path / "run", 4))
+    """The other says so in one line, within the timeout also in the engine's own groups; a whole checkpoint stays."""
+    program = [fault_worker.__file__] if how == "hanging" else None
+    ranks = start("run", "train.timeout_s=8", count=2, env={**zero(2), "FAULT": how}, program=program)
+    ranks.wait_until((tmp_path / "run" / "checkpoints" / "latest").exists)
     began = time.monotonic()
-    ranks.processes[1].send_signal(how)
+    if how == "dead":
+        ranks.processes[1].kill()
     assert ranks.processes[0].wait(60) == 2, ranks.said()[0]
     assert time.monotonic() - began < 30
-    errors = [line for line in ranks.said()[0].splitlines() if line.startswith("error:")]
-    (line,) = errors
-    assert "rank 0: another process of this run died, or did not answer for train.timeout_s=8" in line
-    assert "resume=auto" in line
+    (line,) = errors_of(ranks)
+    assert line.startswith("error: rank 0: rank 1 died, or did not answer for train.timeout_s=8 (")
+    assert line.endswith("; start again with resume=auto")
     assert checkpoint.damage(checkpoint.newest(tmp_path / "run")) is None
+
+
+def test_a_bug_on_one_rank_ends_all(start):
+    """Its traceback is shown, and its loader's worker, which no SIGTERM reaches, does not keep it alive."""
+    ranks = start("run", count=2, env={**zero(2), "FAULT": "bug"}, program=[fault_worker.__file__])
+    assert ranks.wait(60) == [2, 1], ranks.said()
+    assert ranks.said()[1].rstrip().endswith("RuntimeError: a bug")
+    assert errors_of(ranks)[0].startswith("error: rank 0: rank 1 died")
+
+
+def test_a_lost_worker_of_the_loader_ends_the_run(start, tmp_path):
+    """As when memory runs out: one line."""
+    ranks = start("run", "optim.steps=10000")
+    ranks.wait_until(reached(tmp_path / "run", 3))
+    for worker in psutil.Process(ranks.processes[0].pid).children():
+        worker.kill()
+    assert ranks.wait(60) == [2], ranks.said()
+    (line,) = errors_of(ranks)
+    assert "rank 0: a worker of the data loader died; when memory was short, lower data.num_workers (" in line
 
 
 @pytest.mark.parametrize("engine", ["ddp", "zero2", "zero3"])
 def test_nan_on_one_rank_is_skipped_by_all(start, tmp_path, engine):
     """A gradient, then a feature: two steps change nothing, the log names rank and samples, the run goes on."""
-    env = {} if engine == "ddp" else zero(int(engine[-1]))
+    env = {"FAULT": "nan", **({} if engine == "ddp" else zero(int(engine[-1])))}
     ranks = start("run", "optim.steps=8", "save.every_steps=1", "save.keep_last=9", count=2, env=env,
                   program=[fault_worker.__file__])  # fmt: skip
     assert ranks.wait() == [0, 0], ranks.said()
@@ -186,21 +228,52 @@ def test_a_full_disk_costs_checkpoints_and_nothing_else(start, tmp_path):
     said = full.said()[0]
     assert "ERROR | the checkpoint of step 9 could not be written (rank 0: " in said
     assert len(curve(tmp_path / "run")) == 12
-    errors = [line for line in said.splitlines() if line.startswith("error:")]
-    assert len(errors) == 1
-    assert "the checkpoint of step 12 could not be written" in errors[0]
+    (line,) = errors_of(full)
+    assert "the checkpoint of step 12 could not be written" in line
+    assert f"the newest whole one: {before}:" in line
     assert checkpoint.newest(tmp_path / "run") == before
     assert checkpoint.damage(before) is None
     assert not list((tmp_path / "run" / "checkpoints").glob(".partial*"))
 
 
-@pytest.mark.parametrize("resume", ["never", "auto"])
-def test_a_folder_that_cannot_be_written(start, tmp_path, resume):
-    """One line at the start; a file is where the folder should be, which stops root too."""
+@pytest.fixture
+def small_disk(tmp_path):
+    """A folder on a disk of its own: 48 MiB, two checkpoints of 15 and some."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=48m", "tmpfs", folder]).returncode:
+        pytest.skip("needs root, and the right to mount")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)
+
+
+@pytest.mark.root
+def test_a_disk_without_a_byte_left(start, small_disk, tmp_path):
+    """Neither rows nor lines fit: training goes on to its end, which is one line; with room again, the same run."""
+    extra = ["optim.steps=60", "save.keep_last=1"]
+    assert start("whole", *extra).wait() == [0]
+    full = start("run", f"output_dir={small_disk}", *extra)
+    full.wait_until(reached(small_disk / "run", 4))
+    with (small_disk / "ballast").open("wb", buffering=0) as file, suppress(OSError):
+        while file.write(bytes(1 << 12)):
+            pass
+    assert full.wait() == [2], full.said()
+    (line,) = errors_of(full)
+    assert "the checkpoint of step 60 could not be written" in line
+    assert "Traceback" not in full.said()[0]
+    assert "metrics.jsonl: a row could not be written ([Errno 28] No space left on device)" in full.said()[0]
+    (small_disk / "ballast").unlink()
+    assert start("run", f"output_dir={small_disk}", "resume=auto", *extra).wait() == [0]
+    assert_same_run(small_disk / "run", tmp_path / "whole")
+
+
+@pytest.mark.parametrize(("resume", "count"), [("never", 2), ("auto", 1)])
+def test_a_folder_that_cannot_be_written(start, tmp_path, resume, count):
+    """One line at the start, of one rank; a file is where the folder should be, which stops root too."""
     (tmp_path / "file").write_text("")
-    ranks = start("run", f"output_dir={tmp_path / 'file' / 'runs'}", f"resume={resume}")
-    assert ranks.wait() == [2]
-    (line,) = [line for line in ranks.said()[0].splitlines() if "rror" in line]
+    ranks = start("run", f"output_dir={tmp_path / 'file' / 'runs'}", f"resume={resume}", count=count)
+    assert ranks.wait() == [2] * count
+    (line,) = [line for said in ranks.said() for line in said.splitlines() if "rror" in line]
     assert line.startswith("error: output_dir=")
     assert "cannot be written to" in line
 
