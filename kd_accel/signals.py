@@ -37,8 +37,10 @@ class StopSignals:
 
 @contextmanager
 def stopping_left_to_the_parent() -> Iterator[None]:
-    """Processes started inside never see the signals: sent to the whole group, they must not end a loader's worker
-    before the parent has saved. What comes to the parent meanwhile reaches it at the end at the latest."""
+    """Processes started inside never see the signals, the parent misses none.
+
+    Sent to the whole group, they must not end a loader's worker before the parent has saved.
+    """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
     try:
         yield

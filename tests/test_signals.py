@@ -46,8 +46,7 @@ def test_without_a_signal_handlers_are_what_they_were(active):
     assert heard == [signal.SIGTERM] * (1 if active else 2)
 
 
-def test_a_started_process_sees_none_and_the_parent_loses_none():
-    """Another thread of the parent may take one at once."""
+def test_a_started_process_sees_none_and_the_parent_misses_none():
     with StopSignals() as signals:
         with stopping_left_to_the_parent():
             os.kill(os.getpid(), signal.SIGTERM)

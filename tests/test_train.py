@@ -6,6 +6,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import tarfile
 from types import SimpleNamespace
 
@@ -16,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from kd_accel import assembly, checkpoint, saver
 from kd_accel.config import TrainConfig
+from kd_accel.engine import Engine
 from kd_accel.models.release import resolve_release
 from kd_accel.models.towers import Scale
 from kd_accel.schema import ConfigError, validate
@@ -391,3 +393,19 @@ def test_non_finite_loss_is_skipped_and_then_stops_the_run(config, tiny_teacher,
         before, after = (load_file(folder / f"{name}.safetensors") for folder in (first, second))
         assert all(torch.equal(before[key].nan_to_num(), after[key].nan_to_num()) for key in before)
     assert (tmp_path / "run" / "out.log").read_text().count("skipped\n") == 2
+
+
+def test_a_signal_in_the_last_step_changes_nothing(config, tmp_path, monkeypatch):
+    """The run ends as it would have; resume=auto then finds nothing to do."""
+    step = Engine.step
+    monkeypatch.setattr(Engine, "step", lambda self, lr: (os.kill(os.getpid(), signal.SIGUSR1), step(self, lr))[1])
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGUSR1)
+    try:
+        run(config(optim={"lr": 1e-2, "steps": 1}))
+    finally:
+        signal.signal(signal.SIGTERM, before[0]), signal.signal(signal.SIGUSR1, before[1])
+    kept = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    assert "stopped by SIGUSR1 after step 1" in (tmp_path / "run" / "out.log").read_text()
+    run(config(optim={"lr": 1e-2, "steps": 1}, resume="auto"))
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == kept
+    assert (tmp_path / "run" / "out.log").read_text().count("done: ") == 2

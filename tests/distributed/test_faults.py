@@ -1,4 +1,4 @@
-"""What a run survives: signals, dead and hanging ranks, nan, a full disk, kills at any moment; and what it says.
+"""What a run survives: signals, dead and hanging ranks, nan, a full disk; and what it says.
 
 Ranks are started by hand, as SLURM does: no launcher ends the others when one of them dies.
 """
@@ -6,7 +6,6 @@ Ranks are started by hand, as SLURM does: no launcher ends the others when one o
 from __future__ import annotations
 
 import os
-import random
 import re
 import signal
 import subprocess
@@ -276,33 +275,3 @@ def test_a_folder_that_cannot_be_written(start, tmp_path, resume, count):
     (line,) = [line for said in ranks.said() for line in said.splitlines() if "rror" in line]
     assert line.startswith("error: output_dir=")
     assert "cannot be written to" in line
-
-
-KILLS = int(os.environ.get("KD_ACCEL_KILLS", "20"))
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(300 + 60 * KILLS)
-@pytest.mark.parametrize("count", [1, 2])
-def test_killed_again_and_again(start, tmp_path, count, capsys):
-    """SIGKILL at random moments, half of them while files are written, by turns in the foreground and behind it."""
-    options = {"count": count, "env": zero(2) if count == 2 else {}}
-    steps = [f"optim.steps={10 * KILLS}", "save.every_steps=3", *([SHARDED] if count == 2 else [])]
-    assert start("whole", *steps, **options).wait(600) == [0] * count
-    run, inside = tmp_path / "killed", 0
-    for kill in range(KILLS // 2):
-        background = f"save.background={str(bool(kill % 2)).lower()}"
-        ranks = start("killed", "resume=auto", *steps, background, **options)
-        done = len(curve(run)) if kill else 0
-        ranks.wait_until(reached(run, done + random.randint(1, 6)))
-        if kill % 4 < 2:
-            ranks.wait_until(lambda: any((run / "checkpoints").glob(".partial_*")))
-        else:
-            time.sleep(random.random() / 10)
-        ranks.kill()
-        inside += any((run / "checkpoints").glob(".partial_*"))
-    assert start("killed", "resume=auto", *steps, **options).wait(600) == [0] * count
-    assert_same_run(run, tmp_path / "whole")
-    assert inside >= KILLS // 10
-    with capsys.disabled():
-        print(f"\n{KILLS // 2} kills on {count} ranks, {inside} of them inside a checkpoint: bit-identical")
