@@ -6,11 +6,11 @@ import math
 
 from torch import Tensor
 
-from kd_accel import distributed
-from kd_accel.bindings import features_read
+from kd_accel import distributed, terms
+from kd_accel.bindings import features_read, teacher_towers_read
 from kd_accel.config import TrainConfig, teachers_of
 from kd_accel.data.loader import TrainLoader
-from kd_accel.fit import check_class_width, check_fit
+from kd_accel.fit import check_class_width, check_fit, check_towers, match_towers
 from kd_accel.models.class_embeddings import class_embeddings
 from kd_accel.models.student import Student
 from kd_accel.models.teacher import Teacher
@@ -25,21 +25,34 @@ def build_teachers(config: TrainConfig) -> dict[str, Teacher]:
 
 
 def build_student(config: TrainConfig, teachers: dict[str, Teacher]) -> Student:
-    """With the masked view that a term asks for, and frozen where no term reads it. Raises ConfigError."""
+    """With the masked view that a term asks for. Raises ConfigError."""
     ratios = {t.mask_ratio for t in config.objective.terms.values() if isinstance(t, MaskedFeatureMSE)}
     if len(ratios) > 1:
         raise ConfigError(f"objective.terms: masked_feature_mse with mask_ratio {sorted(ratios)}: one view is made")
     dims = {name: teacher.embed_dim for name, teacher in teachers.items()}
-    student = Student(config.student, dims, mask_ratio=next(iter(ratios), None))
-    student.freeze_all_but(set().union(*(features_read(t, student.widths) for t in config.objective.terms.values())))
-    return student
+    return Student(config.student, dims, mask_ratio=next(iter(ratios), None))
+
+
+def fit_models(config: TrainConfig, student: Student, teachers: dict[str, Teacher]) -> TrainConfig:
+    """Let no tower run that no term reads, and freeze what of the student is not read.
+
+    Returns the config with every term's towers matched. Raises ConfigError for terms that these models cannot serve.
+    """
+    specs = {name: teacher.spec for name, teacher in teachers.items()}
+    objective = match_towers(config.objective, towers=student.towers, teachers=specs)
+    check_towers(objective, widths=student.widths, teachers=specs)
+    student.freeze_all_but(set().union(*(features_read(t, student.widths) for t in objective.terms.values())))
+    for name, teacher in teachers.items():
+        readers = [term for term in objective.terms.values() if name in terms.teachers_read(term, list(teachers))]
+        teacher.read = set().union(*map(teacher_towers_read, readers))
+    return config.model_copy(update={"objective": objective})
 
 
 def build_loader(config: TrainConfig, student: Student, teachers: dict[str, Teacher]) -> TrainLoader:
     """Of this rank's part of every global batch. Raises ConfigError for unusable data."""
     return TrainLoader(
         config.data,
-        contracts={name: model.contract for name, model in {"student": student, **teachers}.items()},
+        contracts={name: model.wants for name, model in {"student": student, **teachers}.items()},
         seed=config.seed,
         rank=distributed.rank(),
         world_size=distributed.world_size(),

@@ -49,6 +49,18 @@ def features_read(term: terms.Term, widths: dict[str, int]) -> set[str]:
     return {f"projected_{view}" if f"projected_{view}" in widths else view for view in views}
 
 
+def teacher_towers_read(term: terms.Term) -> set[str]:
+    """Of "image" and "text" the towers of its teacher, or of its ensemble, that a term looks at."""
+    if terms.confidence_of(term):
+        return set(CONTRASTED)
+    match term:
+        case terms.Prototype(teacher=None):
+            return set()
+        case terms.Matched():
+            return set(term.match.values())
+    return set(CONTRASTED) if isinstance(term, terms.DistillationTerm) else set()
+
+
 def teacher_columns(term: terms.Term) -> set[str]:
     """Names of its teacher's features that a term compares with all ranks'."""
     match term:

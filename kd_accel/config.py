@@ -18,6 +18,7 @@ from kd_accel.sections import (
     ObjectiveConfig,
     OptimConfig,
     SaveConfig,
+    SourceConfig,
     StudentConfig,
     TeacherConfig,
 )
@@ -69,9 +70,16 @@ class TrainConfig(Schema):
     @model_validator(mode="after")
     def _labels_fit_terms(self):
         labelled = [name for name, term in self.objective.terms.items() if isinstance(term, LabelCE)]
-        if labelled and self.data.label is None:
-            raise ValueError(f"objective.terms.{labelled[0]} needs labels: set data.label, for instance to cls")
+        unlabelled = [key for key, source in sources_of(self.data).items() if source.label is None]
+        if labelled and unlabelled:
+            key = f"{unlabelled[0]}.label"
+            raise ValueError(f"objective.terms.{labelled[0]} needs labels: set {key}, for instance to cls")
         return self
+
+
+def sources_of(data: DataConfig) -> dict[str, SourceConfig]:
+    """Every source by the key of its section: the single one is "data" itself."""
+    return {f"data.sources.{name}": source for name, source in data.sources.items()} or {"data": data}
 
 
 def teachers_of(config: TrainConfig) -> dict[str, TeacherConfig]:

@@ -132,12 +132,13 @@ class Engine:
         batch = batch.to(self.accelerator.device)
         said = self.module(batch.image, batch.text)
         student = said.pop("student")
-        return student, said | {name: t(batch.image, batch.text[name]) for name, t in self.replicated.items()}
+        said |= {name: teacher(batch.image, batch.text.get(name)) for name, teacher in self.replicated.items()}
+        return student, {name: said.get(name, {}) | batch.stored.get(name, {}) for name in said | batch.stored}
 
     def _again(self, batch: Batch) -> Rows:
         """The student alone: the teachers' features are known from the first pass."""
         batch = batch.to(self.accelerator.device)
-        return self.module(batch.image, {"student": batch.text["student"]})["student"]
+        return self.module(batch.image, batch.text, teachers=False)["student"]
 
     def _send(self, features: Rows, gradients: Rows) -> None:
         """DDP and DeepSpeed average over ranks, the gradients are those of the global mean: hence world_size."""

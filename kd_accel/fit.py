@@ -8,6 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from kd_accel import terms
+from kd_accel.bindings import features_read, teacher_towers_read
 from kd_accel.config import ObjectiveConfig
 from kd_accel.recall import teacher_space
 from kd_accel.schema import ConfigError
@@ -70,6 +71,47 @@ def check_fit(
                 )
             case _ if global_batch < 2 and isinstance(term, _SEVERAL):
                 problems.append(f"{key} compares different samples: raise data.batch_size above {global_batch}")
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def match_towers(config: ObjectiveConfig, *, towers: list[str], teachers: dict[str, TeacherSpec]) -> ObjectiveConfig:
+    """`config` whose terms match only `towers`, those of the student, with towers that their teacher has.
+
+    A `match` that the user wrote stays. Raises ConfigError where student and teacher have no tower in common.
+    """
+    matched = {}
+    for name, term in config.terms.items():
+        matched[name] = term
+        if not isinstance(term, terms.Matched) or "match" in term.model_fields_set:
+            continue
+        theirs = [teachers[n].towers for n in terms.teachers_read(term, list(teachers))] or [tuple(towers)]
+        pairs = {a: b for a, b in term.match.items() if a in towers and all(b in has for has in theirs)}
+        if not pairs:
+            raise ConfigError(
+                f"objective.terms.{name}: the student has {' and '.join(towers)}, what it learns from has"
+                f" {' and '.join(theirs[0])}: say which learns from which, for instance"
+                f" match={{{towers[0]}: {theirs[0][0]}}}"
+            )
+        matched[name] = term.model_copy(update={"match": pairs})
+    return config.model_copy(update={"terms": matched})
+
+
+def check_towers(config: ObjectiveConfig, *, widths: dict[str, int], teachers: dict[str, TeacherSpec]) -> None:
+    """Raises ConfigError, one line per term that reads a tower which the student or its teacher does not have."""
+    problems = []
+    for name, term in config.terms.items():
+        key = f"objective.terms.{name}"
+        missing = {"text" if read.endswith("text") else "image" for read in features_read(term, widths) - widths.keys()}
+        if isinstance(term, terms.LabelCE) and term.classes is None:
+            missing = set()  # check_fit asks for a head
+        for tower in sorted(missing):
+            problems.append(
+                f"{key} reads the student's {tower} features, but it has no {tower} tower: see student.arch"
+            )
+        for teacher in terms.teachers_read(term, list(teachers)):
+            for tower in sorted(teacher_towers_read(term) - set(teachers[teacher].towers)):
+                problems.append(f"{key} reads the {tower} features of {teacher}, which has no {tower} tower")
     if problems:
         raise ConfigError("\n".join(problems))
 

@@ -6,7 +6,7 @@ Imports no torch: `kd-accel --help` and `kd-accel config` answer at once.
 from __future__ import annotations
 
 import re
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -33,21 +33,60 @@ class AugmentConfig(Schema):
         return value
 
 
-class DataConfig(Schema):
-    """Where the samples come from."""
+class SourceConfig(Schema):
+    """Where samples lie: give one of shards, table, folder, dataset."""
 
-    shards: str | list[str]
+    KINDS: ClassVar = ("shards", "table", "folder", "dataset")
+
+    shards: str | list[str] | None = None
     """Webdataset tars, with brace ranges: "data/{00000..00139}.tar"; a folder means every tar in it.
 
     Index them once: kd-accel index FOLDER."""
+    table: str | list[str] | None = None
+    """Files with a row per sample: csv, tsv, jsonl, parquet, COCO's or ALBEF's json, or txt with a caption per line."""
+    folder: str | None = None
+    """A folder of pictures; where they lie in sub-folders, those are the classes."""
+    dataset: str | None = None
+    """A HuggingFace dataset: a directory of save_to_disk, or a name on the Hub."""
+    image: str | None = "auto"
+    """Column of a table that holds the picture or its path; auto: filepath. null: there are only captions."""
+    caption: str | list[str] | None = "auto"
+    """Extension of the tar member, or column of the table, that holds the caption; auto: txt in tars, title in tables.
+
+    json:captions is the key captions of the member .json. A list in it, or a list of fields, is several captions, of
+    which every epoch draws one. null: there are only pictures."""
+    synthetic: str | list[str] | None = None
+    """Field, written as in caption, of captions that a model wrote (MobileCLIP, arXiv 2311.17049)."""
+    label: str | None = None
+    """Extension of the tar member (webdataset's cls), or column, that holds the class number; null: no labels."""
+
+    @model_validator(mode="after")
+    def _one_kind(self):
+        if sum(getattr(self, kind) is not None for kind in self.KINDS) != 1:
+            raise ValueError(f"give exactly one of {', '.join(self.KINDS)}")
+        return self
+
+
+class MixedSourceConfig(SourceConfig):
+    """One of several sources."""
+
+    weight: float = Field(1.0, gt=0)
+    """Passes over it per epoch: 2 shows every sample twice, 0.5 a random half of them."""
+
+
+class DataConfig(SourceConfig):
+    """Where the samples come from, and how they are dealt."""
+
+    sources: dict[str, MixedSourceConfig | None] = {}
+    """Several sources by name, each with its weight, in place of shards, table, folder or dataset."""
+    templates: list[str] = Field(["{}"], min_length=1)
+    """What a caption, for instance a class name, is put into; of several every epoch draws one."""
+    synthetic_probability: float = Field(0.5, ge=0, le=1)
+    """How often a synthetic caption is shown in place of a real one."""
     batch_size: int | None = Field(None, gt=0)
     """Samples per process and forward pass; a step sees batch_size x train.accumulate x processes."""
     global_batch_size: int | None = Field(None, gt=0)
     """Samples per optimizer step over all processes, instead of batch_size; a run may then resume on more or fewer."""
-    caption: str = "txt"
-    """Extension of the tar member that holds the caption."""
-    label: str | None = None
-    """Extension of the tar member that holds the class number (webdataset's cls), for label_ce; null: no labels."""
     num_workers: int = Field(2, ge=0)
     """Loader processes per training process; 0 decodes in the training process itself."""
     shuffle_window: int = Field(8, gt=0)
@@ -55,6 +94,21 @@ class DataConfig(Schema):
     augment: AugmentConfig = AugmentConfig()
     max_bad_fraction: float = Field(0.01, ge=0, le=1)
     """Share of unreadable samples above which the run stops; each one is replaced and listed in bad_samples.jsonl."""
+
+    @field_validator("templates")
+    @classmethod
+    def _placeholders(cls, value):
+        if odd := [template for template in value if "{}" not in template and "{c}" not in template]:
+            raise ValueError(f"'{odd[0]}' has no {{}}, where the caption goes")
+        return value
+
+    @model_validator(mode="after")
+    def _one_kind(self):
+        kept = {name: source for name, source in self.sources.items() if source is not None}
+        self.__dict__["sources"] = kept
+        if sum(getattr(self, kind) is not None for kind in self.KINDS) + bool(kept) != 1:
+            raise ValueError(f"give exactly one of {', '.join(self.KINDS)} and sources")
+        return self
 
     @model_validator(mode="after")
     def _one_batch_size(self):

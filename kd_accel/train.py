@@ -91,6 +91,7 @@ class Trainer:
         set_seed(config.seed)  # weights start alike on every rank
         self.teachers = assembly.build_teachers(config)
         self.student = assembly.build_student(config, self.teachers)
+        self.config = config = assembly.fit_models(config, self.student, self.teachers)
         self.loader = self._build_loader()
         objective = assembly.build_objective(config, self.student, self.teachers, self.loader)
         self.objective = objective.to(self.accelerator.device)

@@ -41,6 +41,7 @@ def start(teacher, *, student=None, **vision) -> Engine:
     torch.manual_seed(1)
     teachers = assembly.build_teachers(config)
     student = assembly.build_student(config, teachers)
+    config = assembly.fit_models(config, student, teachers)
     engine = Engine(accelerator, student, teachers, optimizer=build_optimizer(student, config.optim), config=config)
     engine.module.train()
     return engine

@@ -22,7 +22,8 @@ from safetensors.torch import save_file
 
 from kd_accel import demo
 from kd_accel.config import TrainConfig
-from kd_accel.data.index import expand_shards, load_index
+from kd_accel.data.index import expand_shards
+from kd_accel.data.shards import TarSource
 from kd_accel.evals.folders import find_sets
 from kd_accel.schema import ConfigError, load
 
@@ -99,7 +100,7 @@ def test_the_data_is_what_training_and_evaluation_read(data, rows):
     train, test = rows
     shards = expand_shards(str(data / "train"))
     assert len(shards) > 1
-    assert load_index(shards, caption="txt").num_samples == len(train)
+    assert TarSource(shards, captions=["txt"]).num_samples == len(train)
     assert sorted(found.task for found in find_sets(str(data / "test"))) == ["retrieval", "zero_shot"]
     assert len(members(data / "test" / "digits" / "test" / "0.tar", ".cls")) == len(test)
 

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from kd_accel import episodes
 from kd_accel.config import TrainConfig
-from kd_accel.data.index import expand_shards, load_index
+from kd_accel.data.index import expand_shards
 from kd_accel.data.order import epoch_order
+from kd_accel.data.shards import TarSource
 from kd_accel.launch import end_accelerator
 from kd_accel.losses.prototypes import cluster_means
 from kd_accel.memory import Prototypes
@@ -319,7 +320,7 @@ def test_a_run_trains_on_the_samples_it_has_clustered(tmp_path, train_shards, ti
     run(config)
     state = load_file(tmp_path / "episodes/checkpoints/step_00000002/state/memory_00000_of_00001.safetensors")
     options = {"seed": config.seed, "window": config.data.shuffle_window, "global_batch": GLOBAL_BATCH}
-    trained = epoch_order(load_index(expand_shards(str(train_shards)), caption="txt").shard_sizes, epoch=0, **options)
+    trained = epoch_order(TarSource(expand_shards(str(train_shards))).shard_sizes, epoch=0, **options)
     for tower in ("image", "text"):
         clustered = (state[f"recall.prototype.clusters.labels.{tower}"] >= 0).nonzero()[:, 0]
         assert clustered.tolist() == sorted(trained[:2].flatten().tolist())

@@ -77,6 +77,7 @@ def train(teacher, precision: str, after_step: Callable[[Objective], None] = lam
     torch.manual_seed(1)
     teachers = assembly.build_teachers(config)
     student = assembly.build_student(config, teachers)
+    config = assembly.fit_models(config, student, teachers)
     specs = {"teacher": teachers["teacher"].spec}
     ours = Objective(config.objective, teachers=specs, widths=student.widths, num_ids=B)
     engine = Engine(accelerator, student, teachers, optimizer=build_optimizer(student, config.optim), config=config)

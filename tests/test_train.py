@@ -254,7 +254,7 @@ def test_resume_refuses_other_data(config, tmp_path, term):
     run(config(**values))
     shutil.rmtree(shards)
     tiny.write_shards(shards, per_shard=9)
-    with pytest.raises(ConfigError, match=r"^data.shards: .*num_samples=16, this run has num_samples=18"):
+    with pytest.raises(ConfigError, match=r"^data: .*num_samples=16, this run has num_samples=18"):
         run(config(**values, resume="auto"))
 
 

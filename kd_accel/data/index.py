@@ -39,8 +39,8 @@ class ShardIndex:
     """Every sample's place. Arrays only: reference counts of Python lists un-share the pages of forked workers."""
 
     starts: np.ndarray  # [shards + 1] int64, id of each shard's first sample, then N
-    offsets: np.ndarray  # [N, m] int64, bytes from the start of the tar to image, caption (, label); -1 where absent
-    sizes: np.ndarray  # [N, m] int64, bytes of image, caption (, label)
+    offsets: np.ndarray  # [N, m] int64, bytes from the start of the tar to each wanted member; -1 where absent
+    sizes: np.ndarray  # [N, m] int64, their bytes
     keys: np.ndarray  # [N] bytes, UTF-8
 
     @property
@@ -99,21 +99,18 @@ def build_index(paths: list[Path], *, progress: bool = False) -> tuple[int, int]
     return len(stale), sum(len(_read_sidecar(path, "sizes")[0]) for path in paths)
 
 
-def load_index(paths: list[Path], *, caption: str, label: str | None = None) -> ShardIndex:
-    """The samples of `paths`, whose captions, and labels if wanted, are the members with the given extensions.
+def load_index(paths: list[Path], members: list[tuple[str, tuple[str, ...]]]) -> ShardIndex:
+    """The samples of `paths`. `members`: (key of the config, extensions of which the first that is there counts) each.
 
     Raises ConfigError when a tar has no index or another size than when it was indexed, when there is no sample at all,
-    and when no sample has an image, a caption or a wanted label.
+    and when no sample has a wanted member.
     """
-    members = {"data.shards": IMAGE_EXTENSIONS, "data.caption": (caption,)}
-    if label is not None:
-        members["data.label"] = (label,)
-    shards = [_load_shard(path, list(members.values())) for path in paths]
+    shards = [_load_shard(path, [wanted for _, wanted in members]) for path in paths]
     extensions = sorted({extension for *_, names in shards for extension in names})
     offsets, sizes, keys = (np.concatenate([shard[part] for shard in shards]) for part in range(3))
     if not len(keys):
         raise ConfigError(f"data.shards: no sample in {len(paths)} shards, the first is {paths[0]}")
-    for column, (key, wanted) in enumerate(members.items()):
+    for column, (key, wanted) in enumerate(members):
         if (offsets[:, column] < 0).all():
             found = ", ".join(extensions[:10])
             raise ConfigError(f"{key}: no sample has a member .{' or .'.join(wanted)}; the shards have {found}")

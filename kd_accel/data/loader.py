@@ -15,15 +15,20 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from kd_accel.config import DataConfig
-from kd_accel.data.index import expand_shards, load_index
-from kd_accel.data.order import epoch_order, num_batches
-from kd_accel.data.shards import BadSample, Sample, ShardReader
-from kd_accel.data.transforms import decode, train_view
+from kd_accel.data.captions import draw_text
+from kd_accel.data.embeddings import EmbeddingStore
+from kd_accel.data.open import open_source
+from kd_accel.data.order import epoch_order, num_batches, samples_per_epoch
+from kd_accel.data.source import BadSample, Sample, Source
+from kd_accel.data.views import Views, largest, shared_views
 from kd_accel.schema import ConfigError, LocalError
 from kd_accel.signals import stopping_left_to_the_parent
-from kd_accel.types import Batch, InputContract
+from kd_accel.types import Batch, InputContract, TextInput
 
 MAX_TRIES = 100  # samples in a row, from a bad one on, until the data counts as unusable
+
+
+Row = tuple[Sample, Tensor | None, str, int]  # a sample, its view, its text and the number of that
 
 
 class TrainLoader:
@@ -31,7 +36,7 @@ class TrainLoader:
 
     A step is a list of the micro-batches of this rank.
 
-    Raises ConfigError for unusable shards, too few samples, and a global batch that cannot be dealt evenly.
+    Raises ConfigError for unusable data, too few samples, and a global batch that cannot be dealt evenly.
     """
 
     batch_size: int  # b, rows of a micro-batch
@@ -53,19 +58,24 @@ class TrainLoader:
         rank: int,
         world_size: int,
         accumulate: int = 1,
+        stores: dict[str, EmbeddingStore] | None = None,
     ):
-        paths = expand_shards(config.shards)
-        index = load_index(paths, caption=config.caption, label=config.label)
+        """`contracts`: what each model wants to see; `stores`: where features of teachers lie, by teacher."""
+        stores = stores or {}
+        source, passes = open_source(config, **_wanted(contracts, stores))
+        for store in stores.values():
+            store.attach(source, config.templates)
         self.batch_size = rows_per_micro_batch(config, world_size, accumulate)
         self.accumulate = accumulate
         self.global_batch = self.batch_size * accumulate * world_size
-        self.num_samples = index.num_samples
-        self.steps_per_epoch = num_batches(self.num_samples, self.global_batch)
+        self.num_samples = source.num_samples
+        self.steps_per_epoch = num_batches(samples_per_epoch(source.shard_sizes, passes), self.global_batch)
         self.epoch, self.batches_done, self.bad_samples = 0, 0, []
         self._config, self._seed, self._rank = config, seed, rank
-        self._shard_sizes = index.shard_sizes
-        self._tokens_of = {name: _token_kind(contract) for name, contract in contracts.items()}
-        self._rows = _Rows(ShardReader(paths, index), config, contracts, seed)
+        self._shard_sizes, self._passes = source.shard_sizes, passes
+        texts = {name: contract.text for name, contract in contracts.items() if contract.text is not None}
+        self._tokens_of = {name: _token_kind(text) for name, text in texts.items()}
+        self._rows = _Rows(source, config, contracts, stores, seed)
 
     def __iter__(self) -> Iterator[list[Batch]]:
         """One set of workers serves all epochs: forking them anew would stall the devices at every epoch's start.
@@ -87,10 +97,10 @@ class TrainLoader:
         for item in items:
             if isinstance(item, ConfigError):
                 raise item
-            ids, image, tokens, labels, bad = item
+            ids, image, tokens, labels, stored, bad = item
             self.bad_samples += bad
             text = {name: tokens[kind] for name, kind in self._tokens_of.items()}
-            micro_batches.append(Batch(ids, image, text, labels))
+            micro_batches.append(Batch(ids, image, text, labels, stored))
             if len(micro_batches) == self.accumulate:
                 self._count_batch()
                 yield micro_batches
@@ -111,7 +121,8 @@ class TrainLoader:
             "seed": "seed",
             "shuffle_window": "data.shuffle_window",
             "global_batch": "data.global_batch_size",
-            "num_samples": "data.shards",
+            "num_samples": "data",
+            "samples_per_epoch": "data.sources",
         }
         for name, now in self._dealt_from().items():
             if state[name] != now:
@@ -127,6 +138,7 @@ class TrainLoader:
             "shuffle_window": self._config.shuffle_window,
             "global_batch": self.global_batch,
             "num_samples": self.num_samples,
+            "samples_per_epoch": samples_per_epoch(self._shard_sizes, self._passes),
         }
 
     def _count_batch(self) -> None:
@@ -139,56 +151,73 @@ class TrainLoader:
         mine = slice(self._rank * rows, (self._rank + 1) * rows)
         window = self._config.shuffle_window
         while True:
-            order = epoch_order(
-                self._shard_sizes, seed=self._seed, epoch=epoch, window=window, global_batch=self.global_batch
-            )
+            dealt = {"seed": self._seed, "window": window, "global_batch": self.global_batch, "passes": self._passes}
+            order = epoch_order(self._shard_sizes, epoch=epoch, **dealt)
             for ids in order[batches_done:, mine].reshape(-1, self.batch_size):
                 yield epoch, ids
             epoch, batches_done = epoch + 1, 0
 
 
 class _Rows(Dataset):
-    """(epoch, ids [b]) -> (used ids [b], views [b, 3, H, W] uint8, tokens, labels, bad records), in the workers."""
+    """(epoch, ids [b]) -> (used ids [b], views [b, 3, H, W] uint8, tokens, labels, stored features, bad records), in
+    the workers."""
 
-    def __init__(self, reader: ShardReader, config: DataConfig, contracts: dict[str, InputContract], seed: int):
-        self._reader, self._augment, self._seed = reader, config.augment, seed
-        heights, widths = zip(*(contract.image_size for contract in contracts.values()), strict=True)
-        self._size = max(heights), max(widths)
-        self._tokenizers = {_token_kind(contract): contract.tokenize for contract in contracts.values()}
+    def __init__(
+        self,
+        source: Source,
+        config: DataConfig,
+        contracts: dict[str, InputContract],
+        stores: dict[str, EmbeddingStore],
+        seed: int,
+    ):
+        self._source, self._config, self._seed = source, config, seed
+        self._stores = stores
+        size = largest(contracts.values())
+        wanted = None if size is None else Views(size, config.augment, seed)
+        self._views = shared_views(wanted, {n: store.views for n, store in stores.items() if "image" in store.towers})
+        texts = [contract.text for contract in contracts.values() if contract.text is not None]
+        self._tokenizers = {_token_kind(text): text.tokenize for text in texts}
+        self._reads_text = bool(texts) or any("text" in store.towers for store in stores.values())
 
     def __getitem__(self, item: tuple[int, np.ndarray]) -> tuple | ConfigError:
         epoch, ids = item
         try:
-            samples, views, bad = zip(*(self._usable(int(i), epoch) for i in ids), strict=True)
+            rows, bad = zip(*(self._usable(int(i), epoch) for i in ids), strict=True)
         except ConfigError as error:
             return error  # raised by TrainLoader: torch would bury its one line in the worker's traceback
-        captions = [sample.caption for sample in samples]
-        tokens = {kind: tokenize(captions) for kind, tokenize in self._tokenizers.items()}
+        samples, views, texts, numbers = zip(*rows, strict=True)
+        tokens = {kind: tokenize(list(texts)) for kind, tokenize in self._tokenizers.items()}
         used = torch.tensor([sample.id for sample in samples])
+        image = None if views[0] is None else torch.stack(views)
         labels = None if samples[0].label is None else torch.tensor([sample.label for sample in samples])
-        return used, torch.stack(views), tokens, labels, [record for record in bad if record is not None]
+        place = {"view": epoch, "texts": np.array(numbers)}
+        stored = {name: store.read(used.numpy(), **place) for name, store in self._stores.items()}
+        return used, image, tokens, labels, stored, [record for record in bad if record is not None]
 
-    def _usable(self, sample_id: int, epoch: int) -> tuple[Sample, Tensor, dict | None]:
+    def _usable(self, sample_id: int, epoch: int) -> tuple[Row, dict | None]:
         """The sample, or the next usable one and the record of the replacement: the same on every rank and worker."""
-        total = self._reader.index.num_samples
+        total = self._source.num_samples
         reasons = []
         for tried in range(min(MAX_TRIES, total)):
             try:
-                sample, view = self._read((sample_id + tried) % total, epoch)
+                row = self._read((sample_id + tried) % total, epoch)
             except BadSample as bad:
                 reasons.append(bad.reason)
                 continue
-            return sample, view, self._record(sample_id, reasons[0], sample.id, epoch) if reasons else None
-        where = f"{self._reader.key(sample_id)} in {self._reader.shard(sample_id)}"
-        raise LocalError(f"data.shards: no usable sample in {len(reasons)} in a row from {where} on: {reasons[0]}")
+            return row, self._record(sample_id, reasons[0], row[0].id, epoch) if reasons else None
+        where = f"{self._source.key(sample_id)} in {self._source.shard(sample_id)}"
+        raise LocalError(f"data: no usable sample in {len(reasons)} in a row from {where} on: {reasons[0]}")
 
-    def _read(self, sample_id: int, epoch: int) -> tuple[Sample, Tensor]:
-        sample = self._reader.read(sample_id)
-        rng = np.random.default_rng([self._seed, epoch, sample_id])
-        return sample, train_view(decode(sample.image), self._size, self._augment, rng)
+    def _read(self, sample_id: int, epoch: int) -> Row:
+        sample = self._source.read(sample_id)
+        text, number = "", 0
+        if self._reads_text:
+            text, number = draw_text(sample, self._config, seed=self._seed, epoch=epoch)
+        view = None if sample.image is None else self._views.make(sample, epoch)
+        return sample, view, text, number
 
     def _record(self, sample_id: int, reason: str, replaced_by: int, epoch: int) -> dict[str, Any]:
-        place = {"id": sample_id, "key": self._reader.key(sample_id), "shard": str(self._reader.shard(sample_id))}
+        place = {"id": sample_id, "key": self._source.key(sample_id), "shard": self._source.shard(sample_id)}
         return {**place, "reason": reason, "replaced_by": replaced_by, "epoch": epoch}
 
 
@@ -211,9 +240,15 @@ def is_lost_worker(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker (pid")
 
 
-def _token_kind(contract: InputContract) -> tuple[str, int]:
+def _wanted(contracts: dict[str, InputContract], stores: dict[str, EmbeddingStore]) -> dict[str, bool]:
+    """What of the data somebody looks at: stored features of a caption want to know which one it is."""
+    captions = any(c.text for c in contracts.values()) or any("text" in store.towers for store in stores.values())
+    return {"images": any(c.image for c in contracts.values()), "captions": captions}
+
+
+def _token_kind(text: TextInput) -> tuple[str, int]:
     """Models of one kind share their tokens."""
-    return contract.tokenizer, contract.context_length
+    return text.tokenizer, text.context_length
 
 
 def _as_it_is(item):

@@ -1,45 +1,59 @@
-"""Reads one sample of an indexed tar by its id. Tars are untrusted: only its image, caption and label are read."""
+"""Samples of indexed tars by id. Tars are untrusted: only the members that the config names are read."""
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from kd_accel.data.index import ShardIndex
+from kd_accel.data.index import IMAGE_EXTENSIONS, ShardIndex, load_index
+from kd_accel.data.source import BadSample, Sample
 
 MAX_LABEL_DIGITS = 18  # what surely fits into int64
 MAX_OPEN = 64  # shards per process; thousands of shards would run into the limit on open files
 
 
-class BadSample(Exception):
-    """A sample that cannot be used; `reason` says why, for bad_samples.jsonl."""
-
-    def __init__(self, reason: str):
-        super().__init__(reason)
-        self.reason = reason
-
-
 @dataclass(frozen=True)
-class Sample:
-    """One sample as it lies in its tar."""
+class Field:
+    """Where a text lies: in a member of its own, or under a key of a json member."""
 
-    id: int
-    key: str
-    image: bytes  # encoded
-    caption: str  # stripped, never empty
-    label: int | None  # class number, where the index knows labels
+    extension: str
+    key: str | None
+
+    @staticmethod
+    def parse(text: str) -> Field:
+        """`EXTENSION` or `EXTENSION:KEY`."""
+        extension, colon, key = text.partition(":")
+        return Field(extension, key if colon else None)
 
 
-class ShardReader:
-    """Samples by id from the tars `paths`, which `index` describes. Opens a tar when a process first reads from it."""
+class TarSource:
+    """Samples of the tars `paths`, whose fields are written as in the config; None reads nothing of that kind.
 
-    def __init__(self, paths: list[Path], index: ShardIndex):
-        assert len(paths) == len(index.shard_sizes)
+    Opens a tar when a process first reads from it. Raises ConfigError as load_index does.
+    """
+
+    def __init__(
+        self,
+        paths: list[Path],
+        *,
+        image: bool = True,
+        captions: list[str] = (),
+        synthetic: list[str] = (),
+        label: str | None = None,
+    ):
         self.paths = paths
-        self.index = index
+        self._image, self._label = image, label
+        self._captions, self._synthetic = [Field.parse(c) for c in captions], [Field.parse(c) for c in synthetic]
+        members = [("data.shards", IMAGE_EXTENSIONS)] if image else []
+        members += [("data.caption", (field.extension,)) for field in self._captions]
+        members += [("data.synthetic", (field.extension,)) for field in self._synthetic]
+        members += [("data.label", (label,))] if label is not None else []
+        self.index: ShardIndex = load_index(paths, members)
+        self.num_samples, self.shard_sizes = self.index.num_samples, self.index.shard_sizes
         self._files: dict[int, int] = {}  # shard -> file descriptor, least recently used first
 
     def __getstate__(self) -> dict:
@@ -47,29 +61,38 @@ class ShardReader:
 
     def read(self, sample_id: int) -> Sample:
         """The sample; raises BadSample for a member that is absent, cut, or not what it should be."""
-        image, caption = self._member(sample_id, 0, "image"), self._member(sample_id, 1, "caption")
-        try:
-            text = caption.decode("utf-8").strip()
-        except UnicodeDecodeError:
-            raise BadSample("caption is not UTF-8") from None
-        if not text:
-            raise BadSample("caption is empty")
-        label = self._label(sample_id) if self.index.offsets.shape[1] > 2 else None
-        return Sample(sample_id, self.key(sample_id), image, text, label)
-
-    def _label(self, sample_id: int) -> int:
-        text = self._member(sample_id, 2, "label").decode("ascii", "replace").strip()
-        if not text.isdecimal() or len(text) > MAX_LABEL_DIGITS:
-            raise BadSample(f"label is not a whole number: {text[:20]!r}")
-        return int(text)
+        column = int(self._image)
+        image = self._member(sample_id, 0, "image") if self._image else None
+        captions = self._texts(sample_id, self._captions, column, "caption")
+        column += len(self._captions)
+        synthetic = self._texts(sample_id, self._synthetic, column, "synthetic caption")
+        label = None if self._label is None else self._class_number(sample_id, column + len(self._synthetic))
+        return Sample(sample_id, self.key(sample_id), image, captions, label, synthetic)
 
     def key(self, sample_id: int) -> str:
         """The sample's name in its tar."""
         return self.index.keys[sample_id].decode("utf-8", "backslashreplace")
 
-    def shard(self, sample_id: int) -> Path:
+    def shard(self, sample_id: int) -> str:
         """The tar that holds the sample."""
-        return self.paths[self._shard(sample_id)]
+        return str(self.paths[self._shard(sample_id)])
+
+    def _texts(self, sample_id: int, fields: list[Field], column: int, name: str) -> tuple[str, ...]:
+        """What the fields that the sample has say, at least one text; () where there are no fields."""
+        has = [i for i, _ in enumerate(fields) if self.index.offsets[sample_id, column + i] >= 0]
+        if fields and not has:
+            raise BadSample(f"{name} member is missing")
+        found = [_said(self._member(sample_id, column + i, name), fields[i], name) for i in has]
+        texts = tuple(text.strip() for said in found for text in said)
+        if fields and not (texts and all(texts)):
+            raise BadSample(f"{name} is empty")
+        return texts
+
+    def _class_number(self, sample_id: int, column: int) -> int:
+        text = self._member(sample_id, column, "label").decode("ascii", "replace").strip()
+        if not text.isdecimal() or len(text) > MAX_LABEL_DIGITS:
+            raise BadSample(f"label is not a whole number: {text[:20]!r}")
+        return int(text)
 
     def _shard(self, sample_id: int) -> int:
         return int(np.searchsorted(self.index.starts, sample_id, side="right")) - 1
@@ -91,3 +114,18 @@ class ShardReader:
                 os.close(self._files.pop(next(iter(self._files))))
             self._files[shard] = os.open(self.paths[shard], os.O_RDONLY)
         return self._files[shard]
+
+
+def _said(data: bytes, field: Field, name: str) -> list[str]:
+    """The texts in a member; raises BadSample for what holds none."""
+    try:
+        text = data.decode("utf-8")
+        value = text if field.key is None else json.loads(text)[field.key]
+    except UnicodeDecodeError:
+        raise BadSample(f"{name} is not UTF-8") from None
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise BadSample(f"{name}: .{field.extension} is not JSON with the key {field.key}") from None
+    texts = value if isinstance(value, list) else [value]
+    if not all(isinstance(text, str) for text in texts):
+        raise BadSample(f"{name}: {field.extension}:{field.key} is not text")
+    return texts

@@ -16,7 +16,7 @@ from torchvision.transforms import Compose
 
 from kd_accel.data.shards import BadSample
 from kd_accel.sections import AugmentConfig
-from kd_accel.types import InputContract
+from kd_accel.types import ImageInput
 
 # what is found behind the names .jpg, .png and .webp; PIL would also hand EPS to Ghostscript
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
@@ -46,9 +46,9 @@ def train_view(
     return _pixels(view)
 
 
-def eval_view(image: Image.Image, contract: InputContract) -> Tensor:  # [3, h, w] uint8
+def eval_view(image: Image.Image, wanted: ImageInput) -> Tensor:  # [3, h, w] uint8
     """`image` as the model sees it, before normalisation: equal to open_clip's evaluation transform."""
-    return _pixels(_resize(contract.image_size, contract.resize_mode, contract.interpolation)(image))
+    return _pixels(_resize(wanted.size, wanted.resize_mode, wanted.interpolation)(image))
 
 
 def random_box(

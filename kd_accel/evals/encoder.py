@@ -54,7 +54,7 @@ class Encoder:
         """[b, 3, H, W] uint8 views, on any device -> [b, d] fp32 unit rows on the model's."""
         if not len(views):
             return torch.empty(0, self.embed_dim, device=self.device)
-        raw = encode_image(self.model, views.to(self.device, non_blocking=True), self.contract)
+        raw = encode_image(self.model, views.to(self.device, non_blocking=True), self.contract.image)
         return F.normalize(raw.float(), dim=-1)
 
     @torch.no_grad()
@@ -62,7 +62,7 @@ class Encoder:
         """b texts -> [b, d] fp32 unit rows on the model's device."""
         if not texts:
             return torch.empty(0, self.embed_dim, device=self.device)
-        tokens = self.contract.tokenize(texts).to(self.device)
+        tokens = self.contract.text.tokenize(texts).to(self.device)
         return F.normalize(self.model.encode_text(tokens).float(), dim=-1)
 
 
@@ -143,7 +143,7 @@ def _load(encoder: Encoder, eval_set: EvalSet, samples: list[Sample], batch_size
     """This rank's batches of ImageBatches, behind a progress bar where a person watches."""
     batches = deal(len(samples), batch_size)[distributed.rank()]
     loader = DataLoader(
-        ImageBatches(samples, batches, encoder.contract),
+        ImageBatches(samples, batches, encoder.contract.image),
         batch_size=None,
         num_workers=min(num_workers, len(batches)),
         pin_memory=encoder.device.type == "cuda",

@@ -23,7 +23,7 @@ from kd_accel import distributed
 from kd_accel.data.shards import BadSample
 from kd_accel.data.transforms import decode, eval_view
 from kd_accel.schema import ConfigError
-from kd_accel.types import InputContract
+from kd_accel.types import ImageInput
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 MARKERS = ("dataset_type.txt", "classnames.txt", "test/nshards.txt")  # any of them makes a CLIP_benchmark folder
@@ -209,17 +209,17 @@ def deal(num_rows: int, batch_size: int) -> list[list[range]]:
 class ImageBatches(Dataset):
     """Batches of decoded images: (rows [b] int64, views [b, 3, H, W] uint8, a line for each unreadable image)."""
 
-    def __init__(self, samples: list[Sample], batches: list[range], contract: InputContract):
+    def __init__(self, samples: list[Sample], batches: list[range], wanted: ImageInput):
         self.samples = samples
         self.batches = batches
-        self.contract = contract
+        self.wanted = wanted
 
     def __len__(self) -> int:
         return len(self.batches)
 
     def __getitem__(self, number: int) -> tuple[Tensor, Tensor, list[str]]:
         rows, bad = [], []
-        views = [torch.empty(0, 3, *self.contract.image_size, dtype=torch.uint8)]
+        views = [torch.empty(0, 3, *self.wanted.size, dtype=torch.uint8)]
         for row in self.batches[number]:
             try:
                 views.append(self._view(self.samples[row])[None])
@@ -231,4 +231,4 @@ class ImageBatches(Dataset):
     def _view(self, sample: Sample) -> Tensor:
         with sample.shard.open("rb") as tar:
             tar.seek(sample.offset)
-            return eval_view(decode(tar.read(sample.size)), self.contract)
+            return eval_view(decode(tar.read(sample.size)), self.wanted)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import nn
 
 from kd_accel.sections import PrototypeHeadConfig
@@ -9,9 +11,9 @@ from kd_accel.sections import PrototypeHeadConfig
 TOWERS = ("image", "text")
 
 
-def projector(kind: str, width: int, teacher_width: int) -> nn.ModuleDict:
+def projector(kind: str, width: int, teacher_width: int, *, towers: Sequence[str]) -> nn.ModuleDict:
     """Per tower: one linear layer, or (mlp) two with a GELU between them, from the student's width to the teacher's."""
-    return nn.ModuleDict({tower: _PROJECTORS[kind](width, teacher_width) for tower in TOWERS})
+    return nn.ModuleDict({tower: _PROJECTORS[kind](width, teacher_width) for tower in towers})
 
 
 def _mlp(width: int, teacher_width: int) -> nn.Sequential:
@@ -21,13 +23,13 @@ def _mlp(width: int, teacher_width: int) -> nn.Sequential:
 _PROJECTORS = {"linear": nn.Linear, "mlp": _mlp}
 
 
-def prototype_head(config: PrototypeHeadConfig, width: int) -> nn.ModuleDict:
+def prototype_head(config: PrototypeHeadConfig, width: int, *, towers: Sequence[str]) -> nn.ModuleDict:
     """Per tower: Linear, LayerNorm, ReLU, `layers` times, and a Linear to `config.width`.
 
     ProtoCLIP (arXiv 2206.10996) has batch norms there; their statistics would make the result depend on the number of
     processes and of micro-batches.
     """
-    return nn.ModuleDict({tower: _head(config, width) for tower in TOWERS})
+    return nn.ModuleDict({tower: _head(config, width) for tower in towers})
 
 
 def _head(config: PrototypeHeadConfig, width: int) -> nn.Sequential:

@@ -21,11 +21,13 @@ class Pair(nn.Module):
         self.student = student
         self.teachers = nn.ModuleDict(teachers)
 
-    def forward(self, image: Tensor, text: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    def forward(
+        self, image: Tensor | None, text: dict[str, Tensor], *, teachers: bool = True
+    ) -> dict[str, dict[str, Tensor]]:
         """uint8 `image[b,3,H,W]`, tokens `[b,T]` by model -> raw embeddings of each: "student" and the teachers.
 
-        A teacher without tokens is not asked.
+        `teachers`: false asks the student alone.
         """
-        features = {"student": self.student(image, text["student"])}
-        asked = {name: teacher for name, teacher in self.teachers.items() if name in text}
-        return features | {name: teacher(image, text[name]) for name, teacher in asked.items()}
+        features = {"student": self.student(image, text.get("student"))}
+        asked = self.teachers.items() if teachers else []
+        return features | {name: teacher(image, text.get(name)) for name, teacher in asked}

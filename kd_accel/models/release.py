@@ -128,10 +128,10 @@ def _preprocess_cfg(contract: InputContract) -> dict[str, Any]:
 
 def _write_tokenizer(directory: Path, contract: InputContract) -> None:
     """The tokenizer as transformers reads it; without network, since open_clip carries CLIP's vocabulary."""
-    if isinstance(contract.tokenize, HFTokenizer):
-        contract.tokenize.save_pretrained(directory)
-    elif contract.tokenizer == CLIP_BPE:
-        _write_clip_bpe(directory, contract.tokenize)
+    if isinstance(contract.text.tokenize, HFTokenizer):
+        contract.text.tokenize.save_pretrained(directory)
+    elif contract.text.tokenizer == CLIP_BPE:
+        _write_clip_bpe(directory, contract.text.tokenize)
 
 
 def _write_clip_bpe(directory: Path, tokenizer: SimpleTokenizer) -> None:

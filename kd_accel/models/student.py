@@ -10,6 +10,7 @@ from kd_accel.models import heads
 from kd_accel.models.patch_mask import PatchMask
 from kd_accel.models.towers import build_open_clip, encode_image
 from kd_accel.schema import ConfigError
+from kd_accel.types import InputContract
 
 
 class Student(nn.Module):
@@ -23,9 +24,11 @@ class Student(nn.Module):
     contract        what it wants as input
     model_cfg       open_clip's description of it, for the release
     embed_dim       d
+    towers          of "image" and "text" those it has
     widths          of its features, by name
     scale           what it starts with: of its weights, or of its architecture
     frozen          names of the towers and heads that are not trained
+    unread          towers that are not even run
     """
 
     def __init__(self, config: StudentConfig, teacher_dims: dict[str, int], *, mask_ratio: float | None = None):
@@ -38,39 +41,48 @@ class Student(nn.Module):
             config.arch, pretrained=config.pretrained, preprocess=config.preprocess, name="student"
         )
         self.embed_dim: int = self.model_cfg["embed_dim"]
-        self.widths = dict.fromkeys(heads.TOWERS, self.embed_dim)
+        self.towers = [name for name in heads.TOWERS if getattr(self.contract, name) is not None]
+        self.widths = dict.fromkeys(self.towers, self.embed_dim)
+        self.unread: set[str] = set()
         self.mask = None if mask_ratio is None else PatchMask.install(self.clip.visual, mask_ratio)
         self.projector = self.prototype_head = self.class_head = None
         self.frozen: list[str] = []
         if config.projector is not None:
-            self.projector = heads.projector(config.projector, self.embed_dim, _common_width(teacher_dims))
+            self.projector = heads.projector(
+                config.projector, self.embed_dim, _common_width(teacher_dims), towers=self.towers
+            )
         if config.prototype_head is not None:
-            self.prototype_head = heads.prototype_head(config.prototype_head, self.embed_dim)
-            self.widths |= {f"prototype_{tower}": config.prototype_head.width for tower in heads.TOWERS}
+            self.prototype_head = heads.prototype_head(config.prototype_head, self.embed_dim, towers=self.towers)
+            self.widths |= {f"prototype_{tower}": config.prototype_head.width for tower in self.towers}
         if config.num_classes is not None:
             self.class_head = nn.Linear(self.embed_dim, config.num_classes)
             self.widths["class_logits"] = config.num_classes
-        views = ["image", "text"] + (["masked_image"] if self.mask else [])
+        views = [*self.towers, *(["masked_image"] if self.mask else [])]
         self.widths |= dict.fromkeys(views, self.embed_dim)
         if self.projector is not None:
             self.widths |= {f"projected_{view}": _common_width(teacher_dims) for view in views}
         if config.grad_checkpointing:
             self._checkpoint_gradients()
 
-    def forward(self, image: Tensor, text: Tensor) -> dict[str, Tensor]:
+    def forward(self, image: Tensor | None, text: Tensor | None) -> dict[str, Tensor]:
         """uint8 `image[b,3,H,W]`, int64 `text[b,T]` -> raw embeddings "image", "text" `[b,d]`, and what the heads make.
 
+        Towers that it does not have, or that nothing reads, say nothing.
         With a projector also "projected_image", ... `[b,d_teacher]`: of the embedding as it is, before any
         normalisation (CLIP-KD, arXiv 2307.12732, sec. 3.3). "masked_image" is a second pass over a few of the patches;
         "prototype_image", "prototype_text" `[b,d_prototype]` and "class_logits" `[b,C]` come from their heads.
         """
-        features = {"image": self.encode_image(image), "text": self.encode_text(text)}
+        features = {}
+        if "image" in self.read:
+            features["image"] = self.encode_image(image)
+        if "text" in self.read:
+            features["text"] = self.encode_text(text)
         made = {}
         if self.prototype_head is not None:
             made |= {f"prototype_{tower}": self.prototype_head[tower](rows) for tower, rows in features.items()}
-        if self.class_head is not None:
+        if self.class_head is not None and "image" in features:
             made["class_logits"] = self.class_head(features["image"])
-        if self.mask is not None:
+        if self.mask is not None and "image" in features:
             with self.mask:
                 features["masked_image"] = self.encode_image(image)
         if self.projector is not None:
@@ -79,19 +91,20 @@ class Student(nn.Module):
 
     def encode_image(self, view: Tensor) -> Tensor:
         """uint8 `[b,3,H,W]` of any size -> raw embeddings `[b,d]`."""
-        return encode_image(self.clip, view, self.contract)
+        return encode_image(self.clip, view, self.contract.image)
 
     def encode_text(self, tokens: Tensor) -> Tensor:
         """int64 `[b,T]` -> raw embeddings `[b,d]`."""
         return self.clip.encode_text(tokens, normalize=False)
 
     def freeze_all_but(self, read: set[str]) -> None:
-        """Freeze the towers and heads that none of the features `read` comes out of.
+        """Freeze the towers and heads that none of the features `read` comes out of; such a tower is not even run.
 
         They get no gradient, and weight decay alone would take them towards zero.
         """
         parts = {}
-        for tower in heads.TOWERS:
+        self.unread = set(self.towers) - {_tower(name) for name in read}
+        for tower in self.towers:
             mine = {name for name in read if _tower(name) == tower}
             if not mine:
                 parts[f"{tower} tower"] = self._parameters_of(tower)
@@ -115,6 +128,16 @@ class Student(nn.Module):
                 nn.Module.train(module, False)
         return self
 
+    @property
+    def read(self) -> set[str]:
+        """Towers that run."""
+        return set(self.towers) - self.unread
+
+    @property
+    def wants(self) -> InputContract:
+        """What the towers that run want to see."""
+        return self.contract.only(self.read)
+
     @staticmethod
     def release_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
         """The open_clip part of a state dict of Student: without the heads, keys without "clip."."""
@@ -129,7 +152,7 @@ class Student(nn.Module):
         return [p for name, p in named if name.startswith("visual.") == (tower == "image")]
 
     def _checkpoint_gradients(self) -> None:
-        if isinstance(self.clip.visual, ModifiedResNet):
+        if isinstance(getattr(self.clip, "visual", None), ModifiedResNet):
             raise ConfigError("student.grad_checkpointing: open_clip's ResNet cannot do it; use a ViT, or false")
         self.clip.set_grad_checkpointing(True)
 

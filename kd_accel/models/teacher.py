@@ -11,7 +11,7 @@ from kd_accel.config import TeacherConfig
 from kd_accel.models.release import read_release, resolve_release
 from kd_accel.models.towers import build_open_clip, encode_image
 from kd_accel.schema import ConfigError
-from kd_accel.types import TeacherSpec
+from kd_accel.types import InputContract, TeacherSpec
 
 
 class Teacher(nn.Module):
@@ -19,6 +19,8 @@ class Teacher(nn.Module):
 
     clip          the open_clip model
     contract      what it wants as input
+    towers        of "image" and "text" those it has
+    read          those of its towers that are run
     embed_dim     d
     logit_scale   1 / temperature: the configured one, or that it was trained to
     logit_bias    None, or the bias that it was trained to; a softmax over a row does not see it
@@ -42,9 +44,11 @@ class Teacher(nn.Module):
                     config.arch, pretrained=config.pretrained, preprocess=None, name=key
                 )
         self.embed_dim: int = model_cfg["embed_dim"]
+        self.towers = tuple(name for name in ("image", "text") if getattr(self.contract, name) is not None)
+        self.read = set(self.towers)
         self.logit_scale = 1 / config.temperature if config.temperature else math.exp(scale.log_scale)
         self.logit_bias = scale.bias
-        self.spec = TeacherSpec(self.embed_dim, self.logit_scale, config.weight)
+        self.spec = TeacherSpec(self.embed_dim, self.logit_scale, config.weight, self.towers)
         self.requires_grad_(False)
         self.eval()
 
@@ -52,10 +56,20 @@ class Teacher(nn.Module):
         """Stays in eval mode: the engine's train() reaches every submodule, and dropout would blur the targets."""
         return super().train(False)
 
+    @property
+    def wants(self) -> InputContract:
+        """What the towers that run want to see."""
+        return self.contract.only(self.read)
+
     @torch.no_grad()
-    def forward(self, image: Tensor, text: Tensor) -> dict[str, Tensor]:
-        """uint8 `image[b,3,H,W]`, int64 `text[b,T]` -> raw embeddings "image", "text" `[b,d]`, without gradient."""
-        return {
-            "image": encode_image(self.clip, image, self.contract),
-            "text": self.clip.encode_text(text, normalize=False),
-        }
+    def forward(self, image: Tensor | None, text: Tensor | None) -> dict[str, Tensor]:
+        """uint8 `image[b,3,H,W]`, int64 `text[b,T]` -> raw embeddings "image", "text" `[b,d]`, without gradient.
+
+        Towers that are not read say nothing.
+        """
+        features = {}
+        if "image" in self.read:
+            features["image"] = encode_image(self.clip, image, self.contract.image)
+        if "text" in self.read:
+            features["text"] = self.clip.encode_text(text, normalize=False)
+        return features

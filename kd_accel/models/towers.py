@@ -1,7 +1,7 @@
 """Builds open_clip models: the towers, what they want as input, and their scale apart from them.
 
     model, contract, model_cfg, scale = build_open_clip("ViT-B-16", pretrained=None, preprocess=None, name="student")
-    image_features = model.encode_image(to_model_input(view, contract, torch.float32))  # not normalised
+    image_features = model.encode_image(to_model_input(view, contract.image, torch.float32))  # not normalised
 
 `model_cfg` is open_clip's own description of the model, {embed_dim, vision_cfg, text_cfg, ...}: it names an
 architecture, stands inline in a YAML, and lies in a release, and means the same in all three. The rules that turn it
@@ -28,9 +28,10 @@ from torch import Tensor, nn
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import resize
 
+from kd_accel.models.two_towers import TwoTowers
 from kd_accel.schema import ConfigError
 from kd_accel.sections import PreprocessConfig
-from kd_accel.types import InputContract
+from kd_accel.types import ImageInput, InputContract, TextInput
 
 CLIP_BPE = "clip_bpe"  # the tokenizer that open_clip carries with it
 
@@ -82,9 +83,11 @@ def construct(model_cfg: dict[str, Any], *, where: str) -> nn.Module:
     Raises ConfigError, which begins with `where`, for unknown keys and for sizes that do not fit each other.
     """
     check_model_cfg(model_cfg, where)
-    custom = model_cfg.get("custom_text", False) or "hf_model_name" in model_cfg["text_cfg"]
     arguments = {key: value for key, value in model_cfg.items() if key != "custom_text"}
     try:
+        if not all(tower in model_cfg for tower in _TOWER_KEYS):
+            return TwoTowers(**arguments)
+        custom = model_cfg.get("custom_text", False) or "hf_model_name" in model_cfg["text_cfg"]
         return (CustomTextCLIP if custom else CLIP)(**arguments)
     except (ArithmeticError, AssertionError, KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
         raise ConfigError(f"{where}: open_clip cannot build this model: {_one_line(error)}") from error
@@ -95,19 +98,24 @@ def input_contract(
 ) -> InputContract:
     """What `model` wants to see. `pixels`: {mean, std, interpolation, resize_mode}; `folder`: where a release keeps a
     HuggingFace tokenizer. Raises ConfigError when the tokenizer cannot be had, or knows more tokens than the model."""
-    size = model.visual.image_size
-    text_cfg = model_cfg["text_cfg"]
-    tokenize = _tokenizer(text_cfg, folder, where)
-    return InputContract(
-        image_size=(size, size) if isinstance(size, int) else tuple(size),
+    image = _image_input(model.visual.image_size, pixels) if "vision_cfg" in model_cfg else None
+    text = _text_input(model_cfg["text_cfg"], folder, where) if "text_cfg" in model_cfg else None
+    return InputContract(image, text)
+
+
+def _image_input(size: int | tuple[int, int], pixels: dict[str, Any]) -> ImageInput:
+    return ImageInput(
+        size=(size, size) if isinstance(size, int) else tuple(size),
         mean=tuple(pixels["mean"]),
         std=tuple(pixels["std"]),
         interpolation="bilinear" if pixels["interpolation"] == "bilinear" else "bicubic",  # "random" is training's
         resize_mode=pixels["resize_mode"],
-        context_length=tokenize.context_length,
-        tokenizer=_tokenizer_name(text_cfg),
-        tokenize=tokenize,
     )
+
+
+def _text_input(text_cfg: dict[str, Any], folder: Path | None, where: str) -> TextInput:
+    tokenize = _tokenizer(text_cfg, folder, where)
+    return TextInput(tokenize.context_length, _tokenizer_name(text_cfg), tokenize, pad=None)
 
 
 def take_scale(model: nn.Module) -> Scale:
@@ -121,25 +129,24 @@ def take_scale(model: nn.Module) -> Scale:
     return scale
 
 
-def to_model_input(view: Tensor, contract: InputContract, dtype: torch.dtype) -> Tensor:
+def to_model_input(view: Tensor, wanted: ImageInput, dtype: torch.dtype) -> Tensor:
     """uint8 `view[b,3,H,W]` -> `[b,3,h,w]` on the same device: resized if need be, /255 and normalised in fp32."""
-    if tuple(view.shape[-2:]) != contract.image_size:
-        mode = InterpolationMode(contract.interpolation)
-        view = resize(view, list(contract.image_size), interpolation=mode, antialias=True)
-    mean, std = (_per_channel(values, view.device) for values in (contract.mean, contract.std))
+    if tuple(view.shape[-2:]) != wanted.size:
+        view = resize(view, list(wanted.size), interpolation=InterpolationMode(wanted.interpolation), antialias=True)
+    mean, std = (_per_channel(values, view.device) for values in (wanted.mean, wanted.std))
     return ((view.float() / 255 - mean) / std).to(dtype)
 
 
-def encode_image(model: nn.Module, view: Tensor, contract: InputContract) -> Tensor:
+def encode_image(model: nn.Module, view: Tensor, wanted: ImageInput) -> Tensor:
     """uint8 `view[b,3,H,W]` -> raw embeddings `[b,d]` in the image tower's dtype."""
     # Asked of the parameters and not of their data: under ZeRO-3 the data is elsewhere.
     dtype = next(model.visual.parameters()).dtype
-    return model.encode_image(to_model_input(view, contract, dtype), normalize=False)
+    return model.encode_image(to_model_input(view, wanted, dtype), normalize=False)
 
 
 def skip_timm_download(model_cfg: dict[str, Any]) -> None:
     """Let a timm tower start without timm's own weights, whatever its config says: as open_clip does by default."""
-    if "timm_model_name" in model_cfg["vision_cfg"]:
+    if "timm_model_name" in model_cfg.get("vision_cfg", {}):
         model_cfg["vision_cfg"]["timm_model_pretrained"] = False
 
 
@@ -154,8 +161,12 @@ def _per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
 def check_model_cfg(model_cfg: dict[str, Any], where: str) -> None:
     """Raises ConfigError for an unknown or missing key, and for sizes that do not fit each other."""
     _check_keys(model_cfg, where)
-    _check_sizes(model_cfg, where)
-    text_cfg = model_cfg["text_cfg"]
+    if "vision_cfg" in model_cfg:
+        _check_vision(model_cfg["vision_cfg"], f"{where}.vision_cfg")
+    text_cfg = model_cfg.get("text_cfg", {})
+    if text_cfg and not text_cfg.get("hf_model_name"):
+        text = CLIPTextCfg(**text_cfg)
+        _check_multiple(text.width, f"{where}.text_cfg.width", text.heads, "heads")
     if text_cfg.get("embed_cls") and not (model_cfg.get("custom_text") or text_cfg.get("hf_model_name")):
         raise ConfigError(f"{where}.text_cfg.embed_cls: needs custom_text: true beside text_cfg")
 
@@ -175,11 +186,11 @@ def _named_config(arch: str, where: str) -> dict[str, Any]:
 
 
 def _check_keys(model_cfg: dict[str, Any], where: str) -> None:
-    for key in ("embed_dim", *_TOWER_KEYS):
-        if key not in model_cfg:
-            raise ConfigError(f"{where}: the key {key} is needed (embed_dim, vision_cfg, text_cfg make a model)")
+    if "embed_dim" not in model_cfg or not _TOWER_KEYS.keys() & model_cfg.keys():
+        raise ConfigError(f"{where}: embed_dim is needed, and vision_cfg, text_cfg or both")
     _refuse_unknown(model_cfg, _TOP_KEYS, where)
-    for tower, known in _TOWER_KEYS.items():
+    for tower in _TOWER_KEYS.keys() & model_cfg.keys():
+        known = _TOWER_KEYS[tower]
         if not isinstance(model_cfg[tower], dict):
             raise ConfigError(f"{where}.{tower}: expected a mapping, got {model_cfg[tower]!r}")
         _refuse_unknown(model_cfg[tower], known, f"{where}.{tower}")
@@ -192,20 +203,18 @@ def _refuse_unknown(given: dict[str, Any], known: set[str], where: str) -> None:
         raise ConfigError(f"{where}.{key}: unknown key{hint}")
 
 
-def _check_sizes(model_cfg: dict[str, Any], where: str) -> None:
+def _check_vision(vision_cfg: dict[str, Any], where: str) -> None:
     """What open_clip would round down without a word, or refuse in words of its own."""
-    vision, text = CLIPVisionCfg(**model_cfg["vision_cfg"]), CLIPTextCfg(**model_cfg["text_cfg"])
-    if not text.hf_model_name:
-        _check_multiple(text.width, f"{where}.text_cfg.width", text.heads, "heads")
+    vision = CLIPVisionCfg(**vision_cfg)
     if vision.timm_model_name:
         return
     sides = vision.image_size if isinstance(vision.image_size, list | tuple) else [vision.image_size]
     resnet = isinstance(vision.layers, list | tuple)
     for side in sides:
         step, its_name = (32, "the ResNet's stride") if resnet else (vision.patch_size, "patch_size")
-        _check_multiple(side, f"{where}.vision_cfg.image_size", step, its_name)
+        _check_multiple(side, f"{where}.image_size", step, its_name)
     width = vision.width * 32 if resnet else vision.width  # a ResNet pools over its last, 32 times wider map
-    _check_multiple(width, f"{where}.vision_cfg.width", vision.head_width, "head_width")
+    _check_multiple(width, f"{where}.width", vision.head_width, "head_width")
 
 
 def _check_multiple(value: Any, key: str, divisor: Any, its_name: str) -> None:

@@ -46,7 +46,7 @@ from kd_accel.terms.embedding import (
     ProtoCPC,
     SimReg,
 )
-from kd_accel.terms.questions import check_teachers, confidence_of, has_own_scale
+from kd_accel.terms.questions import check_teachers, confidence_of, has_own_scale, teachers_read
 from kd_accel.terms.relational import RKD, Barlow, Compress, Prototype, Seed, VICReg
 
 AnyTerm = Annotated[
@@ -128,4 +128,5 @@ __all__ = [
     "check_teachers",
     "confidence_of",
     "has_own_scale",
+    "teachers_read",
 ]

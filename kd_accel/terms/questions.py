@@ -25,6 +25,15 @@ def confidence_of(term: Term) -> bool | str:
     return isinstance(term, DistillationTerm) and term.confidence
 
 
+def teachers_read(term: Term, names: list[str]) -> list[str]:
+    """Those of the teachers `names` whose features the term looks at in every step."""
+    if isinstance(term, MobileClip):
+        return term.teachers or names
+    if isinstance(term, DistillationTerm):
+        return [term.teacher or names[0]]
+    return [term.teacher] if isinstance(term, Prototype) and term.teacher else []
+
+
 def has_own_scale(term: Term) -> bool:
     """Whether the term learns a logit scale of its own."""
     return isinstance(term, Prototype) or getattr(term, "scale", None) == "own"

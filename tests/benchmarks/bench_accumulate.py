@@ -92,6 +92,7 @@ class Run:
         accelerator = start_accelerator(precision=options.precision, batch_size=options.batch, grad_clip_norm=1.0)
         teachers = assembly.build_teachers(config)
         student = assembly.build_student(config, teachers)
+        config = assembly.fit_models(config, student, teachers)
         specs = {"teacher": teachers["teacher"].spec}
         objective = Objective(config.objective, teachers=specs, widths=student.widths)
         self.objective = objective.to(accelerator.device)

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from kd_accel.data.index import build_index, expand_shards
-from kd_accel.types import InputContract
+from kd_accel.types import ImageInput, InputContract, TextInput
 
 Members = dict[str, bytes]  # extension -> content
 
@@ -90,21 +90,20 @@ def make_shards(tmp_path) -> Callable[..., Path]:
 def contract() -> Callable[..., InputContract]:
     """Contracts of a tokenizer whose tokens are the caption's bytes."""
 
-    def make(size: tuple[int, int] = (16, 16), *, context_length: int = 16, tokenize=None, **changes) -> InputContract:
+    def make(
+        size: tuple[int, int] = (16, 16), *, context_length: int = 16, tokenizer="bytes", tokenize=None, **changes
+    ) -> InputContract:
         def tokens(captions: list[str]) -> torch.Tensor:
             rows = [caption.encode()[:context_length].ljust(context_length, b"\0") for caption in captions]
             return torch.tensor([list(row) for row in rows])
 
-        values = {
-            "image_size": size,
+        pixels = {
             "mean": (0.5, 0.4, 0.3),
             "std": (0.2, 0.3, 0.4),
             "interpolation": "bicubic",
             "resize_mode": "shortest",
-            "context_length": context_length,
-            "tokenizer": "bytes",
-            "tokenize": tokenize or tokens,
         }
-        return InputContract(**{**values, **changes})
+        image = ImageInput(size, **{**pixels, **changes})
+        return InputContract(image, TextInput(context_length, tokenizer, tokenize or tokens, pad=None))
 
     return make

@@ -15,12 +15,13 @@ import numpy as np
 import pytest
 
 from kd_accel.config import IndexConfig
-from kd_accel.data.index import MAX_EXTENSIONS, build_index, expand_shards, load_index, run
+from kd_accel.data.index import IMAGE_EXTENSIONS, MAX_EXTENSIONS, build_index, expand_shards, load_index, run
 from kd_accel.schema import ConfigError
 
 
 def load(folder, caption="txt"):
-    return load_index(expand_shards(str(folder)), caption=caption)
+    members = [("data.shards", IMAGE_EXTENSIONS), ("data.caption", (caption,))]
+    return load_index(expand_shards(str(folder)), members)
 
 
 def test_every_member_is_where_tarfile_finds_it(make_shards):

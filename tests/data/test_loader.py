@@ -137,7 +137,7 @@ def test_another_world_size_goes_on_in_the_same_global_order(make_shards, make_l
         ({"batch_size": 3}, r"data.global_batch_size: .* global_batch=4, this run has global_batch=3"),
         ({"seed": 6}, r"seed: .* seed=5, this run has seed=6"),
         ({"shuffle_window": 1}, r"data.shuffle_window: .* shuffle_window=2, this run has shuffle_window=1"),
-        ({"shards": "0000.tar"}, r"data.shards: .* num_samples=21, this run has num_samples=7"),
+        ({"shards": "0000.tar"}, r"data: .* num_samples=21, this run has num_samples=7"),
     ],
 )
 def test_another_order_is_refused(make_shards, make_loader, change, key):
@@ -201,9 +201,7 @@ def test_records_are_taken_once_and_only_of_yielded_batches(make_shards, make_lo
 def test_data_without_a_usable_sample_is_one_clear_line(make_shards, make_loader, workers):
     """Also when a worker finds out."""
     loader = make_loader(make_shards([6], dict.fromkeys(range(6), "no JPEG")), num_workers=workers)
-    with pytest.raises(
-        ConfigError, match=r"^data.shards: no usable sample in 6 in a row from 00000\d in .*0000.tar on: .*$"
-    ):
+    with pytest.raises(ConfigError, match=r"^data: no usable sample in 6 in a row from 00000\d in .*0000.tar on: .*$"):
         take(loader, 1)
 
 

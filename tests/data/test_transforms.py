@@ -93,7 +93,7 @@ def test_formats_that_start_other_programs_are_bad():
 @pytest.mark.parametrize("target", [(16, 16), (24, 15)])
 def test_the_evaluation_view_is_open_clips(contract, resize_mode, interpolation, target):
     """Exactly its transform before normalisation, for odd, tiny and elongated images."""
-    wanted = contract(target, resize_mode=resize_mode, interpolation=interpolation)
+    wanted = contract(target, resize_mode=resize_mode, interpolation=interpolation).image
     theirs = image_transform(
         target, is_train=False, mean=wanted.mean, std=wanted.std, resize_mode=resize_mode, interpolation=interpolation
     )

@@ -172,6 +172,7 @@ def start(cell: Cell, teacher: str) -> tuple[TrainConfig, Engine, Objective]:
     torch.manual_seed(1)
     teachers = assembly.build_teachers(wanted)
     student = assembly.build_student(wanted, teachers)
+    wanted = assembly.fit_models(wanted, student, teachers)
     specs = {name: teacher.spec for name, teacher in teachers.items()}
     objective = Objective(wanted.objective, teachers=specs, widths=student.widths, num_ids=GLOBAL_BATCH)
     engine = Engine(accelerator, student, teachers, optimizer=build_optimizer(student, wanted.optim), config=wanted)

@@ -64,6 +64,7 @@ class Run:
         teachers = assembly.build_teachers(self.config)
         self.teacher = teachers["teacher"]
         student = assembly.build_student(self.config, teachers)
+        self.config = assembly.fit_models(self.config, student, teachers)
         specs = {"teacher": self.teacher.spec}
         self.objective = Objective(self.config.objective, teachers=specs, widths=student.widths, num_ids=B)
         optimizer = build_optimizer(student, self.config.optim)

@@ -192,10 +192,10 @@ def test_a_batch_holds_what_the_model_sees(encoder, tmp_path, write_benchmark, c
     samples = captioned([1, 1, 1])
     samples["s0000"]["png"] = samples["s0001"]["png"] = picture(0)[:50]
     found = find_sets(write_benchmark(tmp_path / "set", samples))[0]
-    batches = ImageBatches(read_samples(found), [range(0, 1), range(1, 3)], encoder.contract)
+    batches = ImageBatches(read_samples(found), [range(0, 1), range(1, 3)], encoder.contract.image)
     rows, views, bad = batches[0]
     assert (rows.tolist(), tuple(views.shape), len(bad)) == ([], (0, 3, 32, 32), 1)
     rows, views, bad = batches[1]
     assert rows.tolist() == [2]
     assert bad[0].startswith("s0001: image cannot be decoded")
-    torch.testing.assert_close(views[0], eval_view(decode(picture(2)), encoder.contract), rtol=0, atol=0)
+    torch.testing.assert_close(views[0], eval_view(decode(picture(2)), encoder.contract.image), rtol=0, atol=0)

@@ -108,7 +108,7 @@ def test_features_are_fp32_unit_rows(release, precision):
     features = encoder.encode_images(views)
     with torch.no_grad():
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
-        raw = encoder.model.encode_image(to_model_input(views, encoder.contract, dtype))
+        raw = encoder.model.encode_image(to_model_input(views, encoder.contract.image, dtype))
     torch.testing.assert_close(features, F.normalize(raw.float(), dim=-1))
     assert encoder.encode_texts(["a cat", ""]).dtype == torch.float32
 

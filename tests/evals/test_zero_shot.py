@@ -41,7 +41,7 @@ def test_classifier_is_the_renormalised_mean_of_normalised_prompts(encoder):
     for row, name in zip(ours, names, strict=True):
         prompts = [f"a photo of a {name}.", name]
         with torch.no_grad():
-            raw = encoder.model.encode_text(encoder.contract.tokenize(prompts))
+            raw = encoder.model.encode_text(encoder.contract.text.tokenize(prompts))
         mean = sum(vector / vector.norm() for vector in raw)
         torch.testing.assert_close(row, F.normalize(mean, dim=0))
 
@@ -59,7 +59,7 @@ def test_a_set_is_classified_row_by_row(encoder, tmp_path, write_benchmark, labe
 
     weights = encoder.encode_texts([t.format(c=f"thing {i}") for i in range(6) for t in ("a photo of a {c}.", "{c}")])
     weights = F.normalize(weights[::2] + weights[1::2], dim=-1)
-    views = [eval_view(decode(members["png"]), encoder.contract)[None] for _, members in samples]
+    views = [eval_view(decode(members["png"]), encoder.contract.image)[None] for _, members in samples]
     logits = torch.cat([encoder.encode_images(view) @ weights.T for view in views])
     assert n == len(labels)
     assert ours == accuracy(logits.topk(5, dim=1).indices, torch.tensor(labels), num_classes=6)

@@ -33,7 +33,7 @@ def test_names_are_embedded_in_every_template(tmp_path, teacher):
     templates = ["a photo of a {}.", "a drawing of a {}."]
     found = class_embeddings(str(tmp_path / "names.txt"), templates=templates, teacher=teacher, key=KEY)
     prompts = [template.format(name) for name in ("cat", "dog") for template in templates]
-    rows = F.normalize(teacher.clip.encode_text(teacher.contract.tokenize(prompts)), dim=1).detach()
+    rows = F.normalize(teacher.clip.encode_text(teacher.contract.text.tokenize(prompts)), dim=1).detach()
     torch.testing.assert_close(found, F.normalize(rows.view(2, 2, -1).mean(1), dim=1))
 
 

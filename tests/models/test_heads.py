@@ -13,7 +13,7 @@ HEADS = {"projector": "mlp", "num_classes": 5, "prototype_head": {"hidden": 20, 
 
 
 def features(model: Student, view, captions) -> dict[str, torch.Tensor]:
-    return model(view, model.contract.tokenize(captions))
+    return model(view, model.contract.text.tokenize(captions))
 
 
 def test_widths_are_those_of_the_features(student, view, captions):

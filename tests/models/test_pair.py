@@ -18,7 +18,7 @@ def teacher(release):
 def test_forward_is_that_of_its_parts(student, teacher, view, captions):
     """Each model gets its own tokens, and answers under its name."""
     model = student().eval()
-    own, other = model.contract.tokenize(captions), teacher.contract.tokenize(captions[::-1])
+    own, other = model.contract.text.tokenize(captions), teacher.contract.text.tokenize(captions[::-1])
     out = Pair(model, {"large": teacher, "base": teacher})(view, {"student": own, "large": other, "base": own})
     expected = {"student": model(view, own), "large": teacher(view, other), "base": teacher(view, own)}
     torch.testing.assert_close(out, expected)
@@ -26,7 +26,7 @@ def test_forward_is_that_of_its_parts(student, teacher, view, captions):
 
 def test_without_a_teacher_there_is_the_student(student, view, captions):
     model = student().eval()
-    out = Pair(model, {})(view, {"student": model.contract.tokenize(captions)})
+    out = Pair(model, {})(view, {"student": model.contract.text.tokenize(captions)})
     assert out.keys() == {"student"}
 
 

@@ -36,7 +36,7 @@ def write(folder: Path, model, **scales) -> Path:
 
 
 def load_with_open_clip(folders: list[Path], view, captions, contract) -> None:
-    pixels = to_model_input(view, contract, torch.float32)
+    pixels = to_model_input(view, contract.image, torch.float32)
     where = folders[0].parent
     save_file({"pixels": pixels}, where / "input.safetensors")
     (where / "captions.json").write_text(json.dumps(captions))
@@ -67,9 +67,9 @@ def test_open_clip_loads_the_same_model(tmp_path, student, arch, view, captions,
     pixels = models["named"].contract
     load_with_open_clip(folders, view, captions, pixels)
     for name, model in models.items():
-        tokens = model.contract.tokenize(captions)
+        tokens = model.contract.text.tokenize(captions)
         with torch.no_grad():
-            image = model.clip.encode_image(to_model_input(view, pixels, torch.float32))
+            image = model.clip.encode_image(to_model_input(view, pixels.image, torch.float32))
             text = model.encode_text(tokens)
         log_scale, logit_bias = (scales[name][key] for key in ("log_scale", "logit_bias"))
         expected = {"image": image, "text": text, "tokens": tokens, "logit_scale": torch.tensor(log_scale)}
@@ -78,9 +78,12 @@ def test_open_clip_loads_the_same_model(tmp_path, student, arch, view, captions,
         torch.testing.assert_close(load_file(tmp_path / f"{name}.safetensors"), expected, rtol=0, atol=0)
         seen = json.loads((tmp_path / f"{name}.json").read_text())
         contract = model.contract
-        assert tuple(seen["size"] if isinstance(seen["size"], list) else [seen["size"]] * 2) == contract.image_size
-        assert (tuple(seen["mean"]), tuple(seen["std"])) == (contract.mean, contract.std)
-        assert (seen["interpolation"], seen["resize_mode"]) == (contract.interpolation, contract.resize_mode)
+        assert tuple(seen["size"] if isinstance(seen["size"], list) else [seen["size"]] * 2) == contract.image.size
+        assert (tuple(seen["mean"]), tuple(seen["std"])) == (contract.image.mean, contract.image.std)
+        assert (seen["interpolation"], seen["resize_mode"]) == (
+            contract.image.interpolation,
+            contract.image.resize_mode,
+        )
 
 
 @pytest.mark.parametrize("kind", ["vit", "resnet", "timm"])
@@ -94,10 +97,10 @@ def test_read_gives_back_what_was_written(kind, tmp_path, student, view, caption
     for name in ("image_size", "mean", "std", "interpolation", "resize_mode", "context_length", "tokenizer"):
         assert getattr(contract, name) == getattr(written.contract, name)
     with torch.no_grad():
-        expected = written(view, written.contract.tokenize(captions))
+        expected = written(view, written.contract.text.tokenize(captions))
         made = {
-            "image": encode_image(model, view, contract),
-            "text": model.encode_text(contract.tokenize(captions)),
+            "image": encode_image(model, view, contract.image),
+            "text": model.encode_text(contract.text.tokenize(captions)),
         }
     torch.testing.assert_close(made, expected, rtol=0, atol=0)
 
@@ -128,7 +131,7 @@ def test_transformers_reads_the_tokenizer_files(release, student):
 
     texts = ["a photo of a cat", "Hello, WORLD!! it's   \u2014 ok", "na\u00efve caf\u00e9 3.14 #tag", "x" * 400, ""]
     tokenizer = AutoTokenizer.from_pretrained(release())
-    ours = student().contract.tokenize(texts)
+    ours = student().contract.text.tokenize(texts)
     assert tokenizer.model_max_length == ours.shape[1]
     theirs = tokenizer(texts, padding="max_length", truncation=True)["input_ids"]
     end = tokenizer.eos_token_id
@@ -142,7 +145,7 @@ def test_release_with_a_huggingface_tokenizer_carries_it(release, student, arch,
     model = student(arch=arch(text={"hf_tokenizer_name": str(source)}))
     folder = write(tmp_path / "copy", model, log_scale=1.0, logit_bias=None)
     source.rename(tmp_path / "gone")
-    expected = model.contract.tokenize(captions)
+    expected = model.contract.text.tokenize(captions)
     torch.testing.assert_close(read_release(folder)[1].tokenize(captions), expected)
     torch.testing.assert_close(open_clip.get_tokenizer(f"local-dir:{folder}")(captions), expected)
 

@@ -19,9 +19,9 @@ def gradients(model, out) -> dict[str, torch.Tensor]:
 def test_forward_gives_raw_embeddings(student, view, captions):
     """ "image" and "text" are what open_clip's towers say before normalisation."""
     model = student()
-    tokens = model.contract.tokenize(captions)
+    tokens = model.contract.text.tokenize(captions)
     out = model(view, tokens)
-    pixels = to_model_input(view, model.contract, torch.float32)
+    pixels = to_model_input(view, model.contract.image, torch.float32)
     torch.testing.assert_close(out, {"image": model.clip.visual(pixels), "text": model.clip.encode_text(tokens)})
     assert out["image"].shape == (3, model.embed_dim)
     assert not torch.allclose(out["image"].norm(dim=1), torch.ones(3))
@@ -30,7 +30,7 @@ def test_forward_gives_raw_embeddings(student, view, captions):
 def test_projector_is_linear_in_the_raw_embedding(student, view, captions):
     """projected_x = W x + b per tower, on embeddings that are not normalised, at the teacher's width."""
     model = student(teacher_dim=24, projector="linear")
-    out = model(view, model.contract.tokenize(captions))
+    out = model(view, model.contract.text.tokenize(captions))
     for tower in ("image", "text"):
         layer = model.projector[tower]
         assert out[f"projected_{tower}"].shape == (3, 24)
@@ -52,7 +52,7 @@ def test_projector_needs_a_teacher(student):
 def test_follows_the_dtype_of_its_parameters(kind, student, view, captions):
     """Turned to bf16, as DeepSpeed does, it takes the same view and gives bf16 embeddings near the fp32 ones."""
     model = student(kind, teacher_dim=24, projector="linear").eval()
-    tokens = model.contract.tokenize(captions)
+    tokens = model.contract.text.tokenize(captions)
     exact = model(view, tokens)
     rounded = model.to(torch.bfloat16)(view, tokens)
     for name, row in rounded.items():
@@ -70,7 +70,7 @@ def test_grad_checkpointing_changes_no_gradient(precision, student, view, captio
         model = student(grad_checkpointing=recompute).to(dtype)
         assert model.clip.visual.transformer.grad_checkpointing is recompute
         assert model.clip.transformer.grad_checkpointing is recompute
-        out = model(view, model.contract.tokenize(captions))
+        out = model(view, model.contract.text.tokenize(captions))
         results.append((out, gradients(model, out)))
     torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
 
@@ -84,7 +84,7 @@ def test_grad_checkpointing_of_a_resnet_is_refused(student):
 def test_every_parameter_gets_a_gradient(student, view, captions):
     """A parameter that no loss reaches would stop DDP."""
     model = student(teacher_dim=24, projector="linear")
-    grads = gradients(model, model(view, model.contract.tokenize(captions)))
+    grads = gradients(model, model(view, model.contract.text.tokenize(captions)))
     assert grads.keys() == dict(model.named_parameters()).keys()
 
 
@@ -111,7 +111,7 @@ HEADS = {"projector": "mlp", "num_classes": 3, "prototype_head": {"hidden": 8, "
 def test_what_is_frozen_is_what_has_no_gradient(student, view, captions, kind, read):
     """The parameters that the features read come out of are trained, no other one is; the report names the parts."""
     model = student(kind, teacher_dim=24, **HEADS)
-    tokens = model.contract.tokenize(captions)
+    tokens = model.contract.text.tokenize(captions)
     said = model(view, tokens)
     sum(said[name].square().sum() for name in read).backward()
     reached = {name for name, p in model.named_parameters() if p.grad is not None}
@@ -131,7 +131,7 @@ def test_a_frozen_tower_stays_as_it_is(student, view, captions):
     model.freeze_all_but({"text"})
     model.eval().train()
     before = {name: tensor.clone() for name, tensor in model.clip.visual.state_dict().items()}
-    model(view, model.contract.tokenize(captions))
+    model(view, model.contract.text.tokenize(captions))
     torch.testing.assert_close(model.clip.visual.state_dict(), before, rtol=0, atol=0)
     assert model.clip.transformer.training
 

@@ -29,7 +29,7 @@ def test_frozen_and_in_eval_mode_for_ever(teacher):
 
 def test_features_equal_the_released_model_and_carry_no_gradient(teacher, student, view, captions):
     model = student("timm").eval()
-    tokens = model.contract.tokenize(captions)
+    tokens = model.contract.text.tokenize(captions)
     out = teacher(view, tokens)
     assert not out["image"].requires_grad
     assert not out["text"].requires_grad
@@ -39,7 +39,7 @@ def test_features_equal_the_released_model_and_carry_no_gradient(teacher, studen
 def test_training_forward_does_not_move_batch_statistics(teacher, view, captions):
     before = {name: buffer.clone() for name, buffer in teacher.named_buffers()}
     teacher.train()
-    teacher(view, teacher.contract.tokenize(captions))
+    teacher(view, teacher.contract.text.tokenize(captions))
     torch.testing.assert_close(dict(teacher.named_buffers()), before, rtol=0, atol=0)
 
 

@@ -75,18 +75,18 @@ def test_contract_is_read_from_the_model(arch):
     """Size and context length come from the model, pixels from open_clip's defaults, tokens from its own BPE."""
     _, contract, _, _ = build(arch(vision={"image_size": [32, 16]}))
     defaults = open_clip.transform.PreprocessCfg()
-    assert (contract.image_size, contract.context_length) == ((32, 16), 16)
-    assert (contract.mean, contract.std) == (defaults.mean, defaults.std)
-    assert (contract.interpolation, contract.resize_mode) == ("bicubic", "shortest")
+    assert (contract.image.size, contract.text.context_length) == ((32, 16), 16)
+    assert (contract.image.mean, contract.image.std) == (defaults.mean, defaults.std)
+    assert (contract.image.interpolation, contract.image.resize_mode) == ("bicubic", "shortest")
     expected = open_clip.tokenizer.SimpleTokenizer(context_length=16)(["a cat"])
-    torch.testing.assert_close(contract.tokenize(["a cat"]), expected)
+    torch.testing.assert_close(contract.text.tokenize(["a cat"]), expected)
 
 
 def test_contract_travels_to_spawned_workers(arch):
     """Loader workers that do not fork get the contract pickled."""
     contract = build(arch())[1]
     copy = pickle.loads(pickle.dumps(contract))
-    torch.testing.assert_close(copy.tokenize(["a cat"]), contract.tokenize(["a cat"]))
+    torch.testing.assert_close(copy.tokenize(["a cat"]), contract.text.tokenize(["a cat"]))
 
 
 def test_tokenizer_name_tells_tokens_apart(arch):
@@ -100,8 +100,8 @@ def test_tokenizer_name_tells_tokens_apart(arch):
 def test_preprocess_replaces_the_models_own(arch):
     own = PreprocessConfig(mean=(0.1, 0.2, 0.3), std=(1, 1, 1), interpolation="bilinear", resize_mode="squash")
     _, contract, _, _ = build(arch(), preprocess=own)
-    assert (contract.mean, contract.std) == (own.mean, own.std)
-    assert (contract.interpolation, contract.resize_mode) == ("bilinear", "squash")
+    assert (contract.image.mean, contract.image.std) == (own.mean, own.std)
+    assert (contract.image.interpolation, contract.image.resize_mode) == ("bilinear", "squash")
 
 
 def test_tag_brings_pixels_weights_and_activation(named, weights_file):
@@ -109,7 +109,7 @@ def test_tag_brings_pixels_weights_and_activation(named, weights_file):
     file, state = weights_file()
     name = named(file=file, mean=(0.5, 0.5, 0.5), interpolation="bilinear", quick_gelu=True)
     model, contract, model_cfg, _ = build(name, pretrained="digits")
-    assert (contract.mean, contract.interpolation) == ((0.5, 0.5, 0.5), "bilinear")
+    assert (contract.image.mean, contract.image.interpolation) == ((0.5, 0.5, 0.5), "bilinear")
     assert model_cfg["quick_gelu"] is True
     assert isinstance(model.visual.transformer.resblocks[0].mlp.gelu, open_clip.transformer.QuickGELU)
     torch.testing.assert_close(model.visual.proj.data, state["visual.proj"])
@@ -135,12 +135,12 @@ def test_model_input_equals_open_clips_preprocessing(size, arch):
     # Far from 0 and 255, where PIL alone would clip what bicubic overshoots between its two passes.
     pixels = torch.randint(64, 192, (3, *size), dtype=torch.uint8, generator=torch.Generator().manual_seed(2))
     _, contract, _, _ = build(arch(), preprocess=PreprocessConfig(resize_mode="squash"))
-    cfg = {"size": contract.image_size, "resize_mode": "squash"}
+    cfg = {"size": contract.image.size, "resize_mode": "squash"}
     transform = open_clip.transform.image_transform_v2(open_clip.transform.PreprocessCfg(**cfg), is_train=False)
     image: Image.Image = to_pil_image(pixels)
-    made = to_model_input(pixels[None], contract, torch.float32)[0]
+    made = to_model_input(pixels[None], contract.image, torch.float32)[0]
     # PIL rounds to uint8 after each of its two passes: at most two steps of 1/255, divided by std.
-    tolerance = 0 if size == (32, 32) else 2.01 / 255 / min(contract.std)
+    tolerance = 0 if size == (32, 32) else 2.01 / 255 / min(contract.image.std)
     torch.testing.assert_close(made, transform(image), rtol=0, atol=tolerance)
 
 
@@ -148,8 +148,8 @@ def test_model_input_is_normalised_before_the_cast(arch):
     """bf16 input is the rounding of the fp32 input: pixels are not rounded first."""
     view = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(1, 3, 16, 16)
     contract = build(arch(vision={"image_size": 16}))[1]
-    exact = to_model_input(view, contract, torch.float32)
-    torch.testing.assert_close(to_model_input(view, contract, torch.bfloat16), exact.bfloat16(), rtol=0, atol=0)
+    exact = to_model_input(view, contract.image, torch.float32)
+    torch.testing.assert_close(to_model_input(view, contract.image, torch.bfloat16), exact.bfloat16(), rtol=0, atol=0)
 
 
 def test_embed_cls_and_custom_text_are_built_as_open_clip_does(arch):
