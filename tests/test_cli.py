@@ -187,7 +187,7 @@ def test_help_explains_every_key(verb, capsys):
         '  precision: bf16 | fp32 (default: "bf16")',
         "  optim.lr: number, > 0 (needed)",
         "  optim.epochs: whole number or null, > 0 (default: null)",
-        "  data.shards: text or list of text (needed)",
+        "  data.shards: text or list of text or null (default: null)",
         "  data.augment.scale: [number, number] (default: [0.9, 1.0])",
         "  student.arch: text or mapping (needed)",
         "  teacher.path: text or null (default: null)",

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from kd_accel.models.towers import CLIP_BPE, Scale, construct, input_contract, skip_timm_download, take_scale
 from kd_accel.schema import ConfigError
-from kd_accel.types import InputContract
+from kd_accel.types import ImageInput, InputContract, TextInput
 
 CONFIG = "open_clip_config.json"
 WEIGHTS = "open_clip_model.safetensors"
@@ -54,9 +54,9 @@ def write_release(
     scales = {"logit_scale": log_scale} | ({} if logit_bias is None else {"logit_bias": logit_bias})
     weights = state | {key: torch.tensor(value) for key, value in scales.items()}
     save_file({key: _storable(tensor) for key, tensor in weights.items()}, partial / WEIGHTS, metadata={"format": "pt"})
-    config = {"model_cfg": _with_bias(model_cfg, logit_bias), "preprocess_cfg": _preprocess_cfg(contract)}
+    config = {"model_cfg": _with_bias(model_cfg, logit_bias), "preprocess_cfg": _preprocess_cfg(contract.image)}
     (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    _write_tokenizer(partial, contract)
+    _write_tokenizer(partial, contract.text)
     os.rename(partial, directory)
 
 
@@ -121,17 +121,20 @@ def _with_bias(model_cfg: dict[str, Any], logit_bias: float | None) -> dict[str,
     return without if logit_bias is None else without | {"init_logit_bias": logit_bias}
 
 
-def _preprocess_cfg(contract: InputContract) -> dict[str, Any]:
+def _preprocess_cfg(image: ImageInput | None) -> dict[str, Any]:
     """open_clip's four keys; the size it takes from the model."""
-    return {key: getattr(contract, key) for key in ("mean", "std", "interpolation", "resize_mode")}
+    keys = () if image is None else ("mean", "std", "interpolation", "resize_mode")
+    return {key: getattr(image, key) for key in keys}
 
 
-def _write_tokenizer(directory: Path, contract: InputContract) -> None:
+def _write_tokenizer(directory: Path, text: TextInput | None) -> None:
     """The tokenizer as transformers reads it; without network, since open_clip carries CLIP's vocabulary."""
-    if isinstance(contract.text.tokenize, HFTokenizer):
-        contract.text.tokenize.save_pretrained(directory)
-    elif contract.text.tokenizer == CLIP_BPE:
-        _write_clip_bpe(directory, contract.text.tokenize)
+    if text is None:
+        return
+    if isinstance(text.tokenize, HFTokenizer):
+        text.tokenize.save_pretrained(directory)
+    elif text.tokenizer == CLIP_BPE:
+        _write_clip_bpe(directory, text.tokenize)
 
 
 def _write_clip_bpe(directory: Path, tokenizer: SimpleTokenizer) -> None:

@@ -86,14 +86,14 @@ def test_contract_travels_to_spawned_workers(arch):
     """Loader workers that do not fork get the contract pickled."""
     contract = build(arch())[1]
     copy = pickle.loads(pickle.dumps(contract))
-    torch.testing.assert_close(copy.tokenize(["a cat"]), contract.text.tokenize(["a cat"]))
+    torch.testing.assert_close(copy.text.tokenize(["a cat"]), contract.text.tokenize(["a cat"]))
 
 
 def test_tokenizer_name_tells_tokens_apart(arch):
     """Equal names mean equal tokens, so options of the tokenizer are part of its name."""
-    plain = build(arch())[1].tokenizer
-    cleaned = build(arch(text={"tokenizer_kwargs": {"clean": "canonicalize"}}))[1].tokenizer
-    assert plain == build(arch("resnet"))[1].tokenizer
+    plain = build(arch())[1].text.tokenizer
+    cleaned = build(arch(text={"tokenizer_kwargs": {"clean": "canonicalize"}}))[1].text.tokenizer
+    assert plain == build(arch("resnet"))[1].text.tokenizer
     assert plain != cleaned
 
 
@@ -224,10 +224,28 @@ def test_wrong_inline_config_is_one_clear_line(changes, message, arch):
     assert refused(arch(**changes)) == message
 
 
-def test_missing_section_is_named(arch):
-    config = arch()
-    del config["text_cfg"]
-    assert "the key text_cfg is needed" in refused(config)
+def test_one_tower_alone_is_that_of_the_whole_model(arch):
+    """Its state keys are those of open_clip's CustomTextCLIP, its contract has no other half, its features are equal."""
+    whole = arch()
+    both, contract, _, _ = build(whole | {"custom_text": True})
+    for kept, gone, tower in (("vision_cfg", "text_cfg", "visual"), ("text_cfg", "vision_cfg", "text")):
+        alone, its, _, _ = build({key: value for key, value in whole.items() if key != gone})
+        state = {key: value for key, value in both.state_dict().items() if key.startswith(f"{tower}.")}
+        alone.load_state_dict(state)
+        assert (its.image is None) == (kept == "text_cfg")
+        assert (its.text is None) == (kept == "vision_cfg")
+        if tower == "visual":
+            pixels = torch.rand(2, 3, *contract.image.size)
+            torch.testing.assert_close(alone.encode_image(pixels), both.encode_image(pixels), rtol=0, atol=0)
+        else:
+            tokens = contract.text.tokenize(["a cat", "two dogs"])
+            torch.testing.assert_close(alone.encode_text(tokens), both.encode_text(tokens), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("gone", [["embed_dim"], ["vision_cfg", "text_cfg"]])
+def test_missing_sections_are_named(arch, gone):
+    config = {key: value for key, value in arch().items() if key not in gone}
+    assert "embed_dim is needed, and vision_cfg, text_cfg or both" in refused(config)
 
 
 def test_what_only_open_clip_can_check_is_one_line_too(arch):
