@@ -45,7 +45,7 @@ class TimmTower(nn.Module):
 def build_timm(
     name: str, *, embed_dim: int | None, pretrained: bool, where: str, image_size: int | None = None
 ) -> tuple[TimmTower, ImageInput]:
-    """(tower, what it wants to see) of a timm model: the outputs of a classifier of `embed_dim` classes are the features.
+    """(tower, what it wants to see) of a timm model, with a classifier of `embed_dim` outputs as its head.
 
     embed_dim None leaves the classifier out: the tower gives the pooled features that it would read. image_size None is
     the size of the weights. Fresh weights, and a new head, come from torch's global generator. Raises ConfigError,
