@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 
 import torch
@@ -10,13 +9,8 @@ from torch import nn
 
 from kd_accel.config import OptimConfig
 from kd_accel.lamb import Lamb
+from kd_accel.models.depth import layers_above
 from kd_accel.schedules import Progress, one_cycle, value_at, warmup_constant, warmup_cosine
-
-BLOCK = re.compile(r"(.*?\b(?:resblocks|blocks|layers|layer|stages))\.?(\d+)\.")  # of a tower: its name, its number
-BELOW_BLOCKS = re.compile(  # what comes before the first block
-    r"class_embedding|positional_embedding|pos_embed|cls_token|reg_token|token_embedding|embeddings"
-    r"|patch_embed|visual\.(conv|bn)\d|ln_pre|norm_pre|stem"
-)
 
 
 def build_optimizer(student: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
@@ -42,25 +36,8 @@ def build_optimizer(student: nn.Module, config: OptimConfig) -> torch.optim.Opti
 
 
 def layer_scales(names: list[str], decay: float) -> dict[str, float]:
-    """Factor of the learning rate by parameter name: decay ** (layers above it), as in BEiT (arXiv 2106.08254).
-
-    Every tower counts its own blocks: embeddings lie below the first one; heads, last norms and projections on top have
-    factor 1. So does a parameter whose place is unknown.
-    """
-    depth: dict[str, int] = {}  # blocks by tower
-    found = {name: BLOCK.match(name) for name in names}
-    for match in filter(None, found.values()):
-        depth[match[1]] = max(depth.get(match[1], 0), int(match[2]) + 1)
-    return {name: decay ** _layers_above(name, match, depth) for name, match in found.items()}
-
-
-def _layers_above(name: str, match: re.Match | None, depth: dict[str, int]) -> int:
-    if match is not None:
-        return depth[match[1]] - int(match[2])
-    if not BELOW_BLOCKS.search(name):
-        return 0
-    of_image = "visual" in name
-    return max((blocks + 1 for tower, blocks in depth.items() if ("visual" in tower) == of_image), default=0)
+    """Factor of the learning rate by parameter name: decay ** (layers above it), as in BEiT (arXiv 2106.08254)."""
+    return {name: decay**above for name, above in layers_above(names).items()}
 
 
 def learning_rates(config: OptimConfig, progress: Progress, *, total_steps: int) -> tuple[float, float]:
