@@ -93,7 +93,7 @@ def build_hf_text(
 
     name            on the Hub, or a folder with config.json, tokenizer files and, if `pretrained`, weights
     embed_dim       d; None: the encoder's width
-    pooling         a key of POOLERS: mean and max over the caption's tokens, cls (the first), last, or the encoder's own
+    pooling         a key of POOLERS: mean or max over the caption's tokens, cls (the first), last, or the model's own
     context_length  longer captions are cut
     proj            linear | mlp, without biases, as open_clip has them; None: the encoder's width is d
     config          keys of config.json to change, for instance num_hidden_layers
@@ -237,9 +237,7 @@ def _projection(kind: str | None, width: int, embed_dim: int, where: str) -> nn.
         return nn.Linear(width, embed_dim, bias=False)
     if kind == "mlp":
         hidden = (width + embed_dim) // 2
-        return nn.Sequential(
-            nn.Linear(width, hidden, bias=False), nn.GELU(), nn.Linear(hidden, embed_dim, bias=False)
-        )
+        return nn.Sequential(nn.Linear(width, hidden, bias=False), nn.GELU(), nn.Linear(hidden, embed_dim, bias=False))
     if width != embed_dim:
         raise ConfigError(f"{where}: the encoder is {width} wide and embed_dim={embed_dim}: set proj to linear or mlp")
     return nn.Identity()

@@ -1,6 +1,6 @@
 """What open_clip's text towers make of captions that are shorter than their context.
 
-    pad = text_pad(model_cfg)                            # which padding may go, if any
+    pad = text_pad(text_cfg)                             # which padding may go, if any
     features = encode_text(model, trimmed(tokens, pad))  # equal to those of the whole context
 
 With a causal mask no token sees those after it. So where the feature is read off the end-of-text token, what stands
@@ -17,13 +17,13 @@ from open_clip.transformer import TextTransformer, text_global_pool
 from torch import Tensor, nn
 
 
-def text_pad(model_cfg: dict[str, Any]) -> int | None:
-    """The token whose trailing columns may be cut off, for an open_clip config with a text tower of open_clip's own.
+def text_pad(text_cfg: dict[str, Any]) -> int | None:
+    """The token whose trailing columns may be cut off, for a text tower of open_clip's own, by its text_cfg.
 
     None: never cut. That includes towers with a tokenizer of their own, whose padding may be their end-of-text token,
     and HuggingFace towers, whose TextInput comes with them (hf_text.py).
     """
-    text = CLIPTextCfg(**model_cfg["text_cfg"])
+    text = CLIPTextCfg(**text_cfg)
     reads_the_end = text.pool_type in ("argmax", "eos") and not text.no_causal_mask and not text.embed_cls
     return 0 if reads_the_end and not text.hf_model_name and not text.hf_tokenizer_name else None
 

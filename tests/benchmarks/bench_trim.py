@@ -54,7 +54,7 @@ def measure(captions: list[str], context: int, options: argparse.Namespace) -> d
     tokenize, times, lengths = SimpleTokenizer(context_length=context), {"full": [], "cut": []}, []
     for start in range(0, options.batches * options.batch, options.batch):
         full = tokenize(captions[start : start + options.batch])
-        cut = trimmed(full, text_pad(model_cfg))
+        cut = trimmed(full, text_pad(text))
         lengths.append(cut.shape[1])
         if start == 0:
             seconds(model, full.to(options.device))  # warm-up

@@ -47,9 +47,9 @@ def test_equal_to_the_whole_context(kind, length, arch):
     captions = ["a cat", "!", "", "a red square"]
     captions += {"short": [], "one long": ["one two three four five six seven"], "full": ["word " * 40]}[length]
     tokens = open_clip.SimpleTokenizer(context_length=16)(captions)
-    cut = trimmed(tokens, text_pad(model_cfg))
+    cut = trimmed(tokens, text_pad(model_cfg["text_cfg"]))
     assert cut.shape[1] == {"short": 8, "one long": 16, "full": 16}[length]
-    cut = trimmed(tokens, text_pad(model_cfg), multiple=1)
+    cut = trimmed(tokens, text_pad(model_cfg["text_cfg"]), multiple=1)
     assert cut.shape[1] == {"short": 5, "one long": 9, "full": 16}[length]
 
     (got, got_grads), (all_, all_grads) = (features_and_gradients(model, t) for t in (cut, tokens))
@@ -66,7 +66,7 @@ def test_equal_to_the_whole_context(kind, length, arch):
 @pytest.mark.parametrize("kind", NEVER_CUT)
 def test_never_cut_where_padding_is_read(kind, arch):
     model_cfg = arch(**NEVER_CUT[kind])
-    assert text_pad(model_cfg) is None
+    assert text_pad(model_cfg["text_cfg"]) is None
     model = construct(model_cfg, where="student.arch").eval()
     tokens = open_clip.SimpleTokenizer(context_length=16)(["a cat", "a red square"])
     with torch.no_grad():
@@ -89,4 +89,4 @@ def test_never_cut_where_padding_is_read(kind, arch):
     ],
 )
 def test_pad_of_published_models(name, pad):
-    assert text_pad(get_model_config(name)) == pad
+    assert text_pad(get_model_config(name)["text_cfg"]) == pad
