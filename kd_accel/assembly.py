@@ -83,6 +83,8 @@ def build_objective(
 def remarks(config: TrainConfig, student: Student) -> list[str]:
     """What is not as the weights brought it, or not trained; a sentence each, for the log."""
     said, own, asked = [], student.scale, config.objective
+    if student.locked:
+        said.append(f"frozen by student.lock: {', '.join(student.locked)}")
     if student.frozen:
         said.append(f"frozen, because no term of the objective reads what it says: {', '.join(student.frozen)}")
     if None not in (own.bias, asked.logit_bias) and not math.isclose(own.bias, asked.logit_bias, rel_tol=1e-6):

@@ -86,6 +86,7 @@ def take_snapshot(*, engine: Engine, objective: Objective, state: TrainState, co
         "contract": student.contract,
         "log_scale": objective.log_logit_scale,
         "logit_bias": objective.bias,
+        "hf_text": student.hf_text,
     }
     versions = {"student": weights}
     if EMA in memory.moments:

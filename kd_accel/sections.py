@@ -6,7 +6,7 @@ Imports no torch: `kd-accel --help` and `kd-accel config` answer at once.
 from __future__ import annotations
 
 import re
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -145,9 +145,23 @@ class StudentConfig(Schema):
     """The model that learns."""
 
     arch: str | dict[str, Any]
-    """An open_clip architecture ("ViT-B-16"), or an inline open_clip config: {embed_dim, vision_cfg, text_cfg}."""
+    """An open_clip architecture ("ViT-B-16"), or an inline open_clip config: {embed_dim, vision_cfg, text_cfg}.
+
+    One tower alone: timm/NAME, torchvision/NAME or hf/NAME, or an inline config with one of the two *_cfg."""
     pretrained: str | None = None
-    """Start from these weights: an open_clip tag of the architecture, or a file; null starts from scratch."""
+    """Start from these weights: an open_clip tag of the architecture, or a file; null starts from scratch.
+
+    default: those that timm, torchvision or HuggingFace has for the NAME."""
+    init: str | None = None
+    """Start from another model: teacher copies the layers and widths of it that fit (TinyCLIP, arXiv 2309.12314).
+
+    PATH: the weights of a run, a checkpoint or a release of the same architecture."""
+    embed_dim: int | None = Field(None, gt=0)
+    """Width of the embedding of timm/, torchvision/ and hf/ students; null: the teacher's."""
+    image_size: int | None = Field(None, gt=0)
+    """Pixels of a side that timm/ and torchvision/ students see; null: those of the published weights."""
+    lock: dict[Literal["image", "text"], Annotated[int, Field(ge=0)]] = {}
+    """Towers that are frozen but for their last N groups of layers (LiT, arXiv 2111.07991): {image: 0}."""
     preprocess: PreprocessConfig | None = None
     """Replaces the architecture's own mean, std and resizing."""
     projector: Literal["linear", "mlp"] | None = None
@@ -166,13 +180,20 @@ class TeacherConfig(Schema):
     """The frozen model that is learned from: give `arch` and `pretrained`, or `path`."""
 
     arch: str | None = None
-    """An open_clip architecture."""
+    """An open_clip architecture, or a model of another package, which brings its weights: timm/NAME, torchvision/NAME,
+
+    hf/NAME (CLIP, SigLIP or a text encoder of transformers), sentence/NAME (sentence-transformers, word vectors too).
+    ssl/auto: a ResNet of MoCo, SimCLR or SwAV, whose checkpoint is named by pretrained."""
     pretrained: str | None = None
     """An open_clip tag of the architecture, or a weights file."""
     path: str | None = None
     """A release directory (open_clip_config.json beside its weights), or one of our runs (its newest checkpoint)."""
     placement: Literal["engine", "replicated"] = "engine"
     """engine: in the prepared module (ZeRO-3 partitions it). replicated: a whole copy per process, outside of it."""
+    pooling: Literal["mean", "cls", "max", "last", "pooler"] = "mean"
+    """How a text encoder of hf/ makes one embedding of its tokens."""
+    output: Literal["backbone", "head"] = "backbone"
+    """Of an ssl/ checkpoint: the pooled features, or what its own head makes of them."""
     temperature: float | None = Field(None, gt=0)
     """Of its logits in every term; null: the one it was trained to."""
     weight: float = Field(1.0, gt=0)
@@ -182,11 +203,19 @@ class TeacherConfig(Schema):
     def _one_source(self):
         if (self.path is None) == (self.arch is None):
             raise ValueError("give either path, or arch with pretrained")
-        if self.arch is not None and self.pretrained is None:
-            raise ValueError("pretrained is needed beside arch: a teacher with random weights teaches nothing")
+        if self.arch is not None:
+            self._weights_are_named()
         if self.path is not None and self.pretrained is not None:
             raise ValueError("path already names the weights: drop pretrained")
         return self
+
+
+    def _weights_are_named(self) -> None:
+        package = self.arch.partition("/")[0] if "/" in self.arch else None
+        if package in (None, "ssl") and self.pretrained is None:
+            raise ValueError("pretrained is needed beside arch: a teacher with random weights teaches nothing")
+        if package not in (None, "ssl") and self.pretrained is not None:
+            raise ValueError(f"arch={self.arch} brings its own weights: drop pretrained")
 
 
 class TemperatureConfig(Schema):

@@ -23,6 +23,7 @@ from kd_accel.data.source import BadSample, Sample, Source
 from kd_accel.data.views import Views, largest, shared_views
 from kd_accel.schema import ConfigError, LocalError
 from kd_accel.signals import stopping_left_to_the_parent
+from kd_accel.trim import trimmed
 from kd_accel.types import Batch, InputContract, TextInput
 
 MAX_TRIES = 100  # samples in a row, from a bad one on, until the data counts as unusable
@@ -176,7 +177,7 @@ class _Rows(Dataset):
         wanted = None if size is None else Views(size, config.augment, seed)
         self._views = shared_views(wanted, {n: store.views for n, store in stores.items() if "image" in store.towers})
         texts = [contract.text for contract in contracts.values() if contract.text is not None]
-        self._tokenizers = {_token_kind(text): text.tokenize for text in texts}
+        self._tokenizers = {_token_kind(text): text for text in texts}
         self._reads_text = bool(texts) or any("text" in store.towers for store in stores.values())
 
     def __getitem__(self, item: tuple[int, np.ndarray]) -> tuple | ConfigError:
@@ -186,7 +187,7 @@ class _Rows(Dataset):
         except ConfigError as error:
             return error  # raised by TrainLoader: torch would bury its one line in the worker's traceback
         samples, views, texts, numbers = zip(*rows, strict=True)
-        tokens = {kind: tokenize(list(texts)) for kind, tokenize in self._tokenizers.items()}
+        tokens = {kind: trimmed(text.tokenize(list(texts)), text.pad) for kind, text in self._tokenizers.items()}
         used = torch.tensor([sample.id for sample in samples])
         image = None if views[0] is None else torch.stack(views)
         labels = None if samples[0].label is None else torch.tensor([sample.label for sample in samples])
@@ -246,9 +247,9 @@ def _wanted(contracts: dict[str, InputContract], stores: dict[str, EmbeddingStor
     return {"images": any(c.image for c in contracts.values()), "captions": captions}
 
 
-def _token_kind(text: TextInput) -> tuple[str, int]:
+def _token_kind(text: TextInput) -> tuple[str, int, int | None]:
     """Models of one kind share their tokens."""
-    return text.tokenizer, text.context_length
+    return text.tokenizer, text.context_length, text.pad
 
 
 def _as_it_is(item):

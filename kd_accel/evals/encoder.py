@@ -20,8 +20,10 @@ from tqdm import tqdm
 from kd_accel import distributed
 from kd_accel.evals.folders import EvalSet, ImageBatches, Sample, deal
 from kd_accel.models.release import read_release, resolve_release
+from kd_accel.models.text import encode_text
 from kd_accel.models.towers import encode_image
 from kd_accel.schema import ConfigError
+from kd_accel.trim import trimmed
 from kd_accel.types import InputContract
 
 log = logging.getLogger(__name__)
@@ -62,8 +64,8 @@ class Encoder:
         """b texts -> [b, d] fp32 unit rows on the model's device."""
         if not texts:
             return torch.empty(0, self.embed_dim, device=self.device)
-        tokens = self.contract.text.tokenize(texts).to(self.device)
-        return F.normalize(self.model.encode_text(tokens).float(), dim=-1)
+        tokens = trimmed(self.contract.text.tokenize(texts), self.contract.text.pad)
+        return F.normalize(encode_text(self.model, tokens.to(self.device)).float(), dim=-1)
 
 
 def load_encoder(model: str | Path, *, precision: str = "fp32") -> Encoder:

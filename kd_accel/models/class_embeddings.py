@@ -74,5 +74,5 @@ def _stored(file: Path, key: str) -> Tensor:
 def _embed(prompts: list[str], teacher: Teacher) -> Tensor:
     """Unit rows, fp32."""
     parts = [prompts[start : start + PROMPTS_AT_A_TIME] for start in range(0, len(prompts), PROMPTS_AT_A_TIME)]
-    rows = [teacher.clip.encode_text(teacher.contract.text.tokenize(part), normalize=False).float() for part in parts]
+    rows = [teacher.encode_captions(part).float() for part in parts]
     return F.normalize(torch.cat(rows), dim=1)

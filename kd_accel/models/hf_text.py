@@ -144,11 +144,12 @@ def write_hf_tower(tower: HFTextTower, text: TextInput, folder: Path) -> None:
 
 
 def read_hf_tower(
-    folder: Path, text_cfg: dict[str, Any], *, embed_dim: int, where: str
+    folder: Path | None, text_cfg: dict[str, Any], *, embed_dim: int, where: str
 ) -> tuple[HFTextTower, TextInput]:
-    """The tower that `write_hf_tower` described, with fresh weights; reads nothing outside `folder`.
+    """The tower that a text_cfg describes.
 
-    Keys that `text_cfg` lacks have open_clip's defaults. Raises ConfigError.
+    Of a release, `folder`, it has fresh weights, and nothing outside of that folder is read; without one it starts from
+    the model's own weights unless hf_model_pretrained is false, and hf_config changes keys of its config.json. Keys that `text_cfg` lacks have open_clip's defaults. Raises ConfigError.
     """
     poolings = {pooler: pooling for pooling, pooler in POOLERS.items()}
     pooler = text_cfg.get("hf_pooler_type", "mean_pooler")
@@ -157,11 +158,12 @@ def read_hf_tower(
     return build_hf_text(
         text_cfg["hf_model_name"],
         embed_dim=embed_dim,
-        pretrained=False,
+        pretrained=folder is None and text_cfg.get("hf_model_pretrained", True),
         pooling=poolings[pooler],
         context_length=text_cfg.get("context_length", 77),
         proj=text_cfg.get("hf_proj_type", "mlp"),
         where=where,
+        config=None if folder else text_cfg.get("hf_config"),
         folder=folder,
     )
 

@@ -20,12 +20,13 @@ from typing import Any
 
 import torch
 from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
-from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from kd_accel.models.towers import CLIP_BPE, Scale, construct, input_contract, skip_timm_download, take_scale
+from kd_accel.models.hf_text import HFTextTower, write_hf_tower
+from kd_accel.models.model_cfg import skip_downloads
+from kd_accel.models.towers import CLIP_BPE, Scale, construct, input_contract, take_scale
 from kd_accel.schema import ConfigError
 from kd_accel.types import ImageInput, InputContract, TextInput
 
@@ -41,10 +42,12 @@ def write_release(
     contract: InputContract,
     log_scale: float,
     logit_bias: float | None,
+    hf_text: HFTextTower | None = None,
 ) -> None:
     """Write `directory`, which must not exist yet: complete or not at all.
 
-    `state` is the open_clip state without its scales; floating-point tensors are written as fp32.
+    `state` is the open_clip state without its scales; floating-point tensors are written as fp32. Of a text tower of
+    HuggingFace, `hf_text`, the config.json lies beside them.
     """
     assert not directory.exists(), f"{directory} is already there"
     partial = directory.with_name(f".partial_{directory.name}")
@@ -56,7 +59,10 @@ def write_release(
     save_file({key: _storable(tensor) for key, tensor in weights.items()}, partial / WEIGHTS, metadata={"format": "pt"})
     config = {"model_cfg": _with_bias(model_cfg, logit_bias), "preprocess_cfg": _preprocess_cfg(contract.image)}
     (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    _write_tokenizer(partial, contract.text)
+    if hf_text is not None:
+        write_hf_tower(hf_text, contract.text, partial)
+    else:
+        _write_tokenizer(partial, contract.text)
     os.rename(partial, directory)
 
 
@@ -67,13 +73,12 @@ def read_release(directory: Path) -> tuple[nn.Module, InputContract, dict[str, A
     """
     config = _read_config(directory / CONFIG)
     model_cfg = config["model_cfg"]
-    skip_timm_download(model_cfg)
+    skip_downloads(model_cfg)
     where = f"{directory / CONFIG}: model_cfg"
     weights = _read_weights(directory / WEIGHTS)
-    model = construct(model_cfg, where=where)
+    model = construct(model_cfg, where=where, folder=directory)
     _fill(model, weights, directory / WEIGHTS)
-    pixels = merge_preprocess_dict(PreprocessCfg(), config.get("preprocess_cfg", {}))
-    contract = input_contract(model, model_cfg, pixels, where=where, folder=directory)
+    contract = input_contract(model, model_cfg, config.get("preprocess_cfg", {}), where=where, folder=directory)
     return model.eval(), contract, model_cfg, take_scale(model)
 
 

@@ -7,8 +7,12 @@ from torch import Tensor, nn
 
 from kd_accel.config import StudentConfig
 from kd_accel.models import heads
+from kd_accel.models.build import build_student
+from kd_accel.models.hf_text import HFTextTower
+from kd_accel.models.lock import lock
 from kd_accel.models.patch_mask import PatchMask
-from kd_accel.models.towers import build_open_clip, encode_image
+from kd_accel.models.text import encode_text
+from kd_accel.models.towers import encode_image
 from kd_accel.schema import ConfigError
 from kd_accel.types import InputContract
 
@@ -27,7 +31,8 @@ class Student(nn.Module):
     towers          of "image" and "text" those it has
     widths          of its features, by name
     scale           what it starts with: of its weights, or of its architecture
-    frozen          names of the towers and heads that are not trained
+    frozen          what is not trained, in words
+    locked          what `lock` freezes, in words
     unread          towers that are not even run
     """
 
@@ -37,13 +42,13 @@ class Student(nn.Module):
         `teacher_dims` are the teachers' widths by name, `mask_ratio` the share of patches a masked view goes without.
         """
         super().__init__()
-        self.clip, self.contract, self.model_cfg, self.scale = build_open_clip(
-            config.arch, pretrained=config.pretrained, preprocess=config.preprocess, name="student"
-        )
+        built = build_student(config, teacher_width=next(iter(teacher_dims.values()), None))
+        self.clip, self.contract, self.model_cfg, self.scale = built
         self.embed_dim: int = self.model_cfg["embed_dim"]
         self.towers = [name for name in heads.TOWERS if getattr(self.contract, name) is not None]
         self.widths = dict.fromkeys(self.towers, self.embed_dim)
         self.unread: set[str] = set()
+        self.locked = lock(self.clip, config.lock)
         self.mask = None if mask_ratio is None else PatchMask.install(self.clip.visual, mask_ratio)
         self.projector = self.prototype_head = self.class_head = None
         self.frozen: list[str] = []
@@ -95,7 +100,7 @@ class Student(nn.Module):
 
     def encode_text(self, tokens: Tensor) -> Tensor:
         """int64 `[b,T]` -> raw embeddings `[b,d]`."""
-        return self.clip.encode_text(tokens, normalize=False)
+        return encode_text(self.clip, tokens)
 
     def freeze_all_but(self, read: set[str]) -> None:
         """Freeze the towers and heads that none of the features `read` comes out of; such a tower is not even run.
@@ -129,6 +134,12 @@ class Student(nn.Module):
         return self
 
     @property
+    def hf_text(self) -> HFTextTower | None:
+        """Its text tower, where that is HuggingFace's: a release then holds its config.json."""
+        text = getattr(self.clip, "text", None)
+        return text if isinstance(text, HFTextTower) else None
+
+    @property
     def read(self) -> set[str]:
         """Towers that run."""
         return set(self.towers) - self.unread
@@ -154,7 +165,10 @@ class Student(nn.Module):
     def _checkpoint_gradients(self) -> None:
         if isinstance(getattr(self.clip, "visual", None), ModifiedResNet):
             raise ConfigError("student.grad_checkpointing: open_clip's ResNet cannot do it; use a ViT, or false")
-        self.clip.set_grad_checkpointing(True)
+        try:
+            self.clip.set_grad_checkpointing(True)
+        except (AssertionError, NotImplementedError) as error:
+            raise ConfigError(f"student.grad_checkpointing: {error}; set it to false") from None
 
 
 def _tower(feature: str) -> str:

@@ -8,9 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from kd_accel.config import TeacherConfig
-from kd_accel.models.release import read_release, resolve_release
-from kd_accel.models.towers import build_open_clip, encode_image
+from kd_accel.models.build import build_teacher
+from kd_accel.models.text import encode_text
+from kd_accel.models.towers import encode_image
 from kd_accel.schema import ConfigError
+from kd_accel.trim import trimmed
 from kd_accel.types import InputContract, TeacherSpec
 
 
@@ -37,13 +39,7 @@ class Teacher(nn.Module):
         if name in dir(nn.ModuleDict()):
             raise ConfigError(f"{key}: torch's modules have an attribute of that name: give the teacher another")
         with torch.random.fork_rng(devices=[]):
-            if config.path is not None:
-                self.clip, self.contract, model_cfg, scale = read_release(resolve_release(config.path))
-            else:
-                self.clip, self.contract, model_cfg, scale = build_open_clip(
-                    config.arch, pretrained=config.pretrained, preprocess=None, name=key
-                )
-        self.embed_dim: int = model_cfg["embed_dim"]
+            self.clip, self.contract, self.embed_dim, scale = build_teacher(config, where=key)
         self.towers = tuple(name for name in ("image", "text") if getattr(self.contract, name) is not None)
         self.read = set(self.towers)
         self.logit_scale = 1 / config.temperature if config.temperature else math.exp(scale.log_scale)
@@ -62,6 +58,13 @@ class Teacher(nn.Module):
         return self.contract.only(self.read)
 
     @torch.no_grad()
+    def encode_captions(self, captions: list[str]) -> Tensor:
+        """Raw embeddings [b, d] of texts that are no data, for instance prompts."""
+        text = self.contract.text
+        tokens = trimmed(text.tokenize(captions), text.pad)
+        return encode_text(self.clip, tokens.to(next(self.clip.parameters()).device))
+
+    @torch.no_grad()
     def forward(self, image: Tensor | None, text: Tensor | None) -> dict[str, Tensor]:
         """uint8 `image[b,3,H,W]`, int64 `text[b,T]` -> raw embeddings "image", "text" `[b,d]`, without gradient.
 
@@ -71,5 +74,5 @@ class Teacher(nn.Module):
         if "image" in self.read:
             features["image"] = encode_image(self.clip, image, self.contract.image)
         if "text" in self.read:
-            features["text"] = self.clip.encode_text(text, normalize=False)
+            features["text"] = encode_text(self.clip, text)
         return features

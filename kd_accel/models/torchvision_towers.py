@@ -22,23 +22,22 @@ AUXILIARY_MEAN = AUXILIARY_STD = (0.5, 0.5, 0.5)
 
 
 def build_torchvision(
-    name: str, *, embed_dim: int | None, pretrained: bool, where: str
+    name: str, *, embed_dim: int | None, pretrained: bool, where: str, image_size: int | None = None
 ) -> tuple[nn.Module, ImageInput]:
     """(tower, what it wants to see) of a torchvision classifier: normalised pixels [b,3,h,w] -> [b, tower.embed_dim].
 
     embed_dim None leaves the head out: the tower gives the pooled features that its classifier would read. Fresh
     weights, and a new head, come from torch's global generator; `pretrained` takes torchvision's best weights of that
-    name. The size is that of those weights, which resize a little larger and crop; we resize to it.
+    name. image_size None is that of those weights, which resize a little larger and crop; we resize to it.
     Raises ConfigError, which begins with `where`, for an unknown name and for weights that cannot be fetched.
     """
     known = models.list_models(module=models)
     if name not in known:
         raise ConfigError(f"{where}: torchvision has no classifier '{name}'{did_you_mean(name, known)}")
-    tower = _classifier(name, pretrained, where)
+    tower = _classifier(name, pretrained, image_size, where)
     tower.embed_dim = _swap_head(tower, embed_dim)
     wanted = models.get_model_weights(name).DEFAULT.transforms()
-    # Transformers know the size of their position embeddings; all others take any size.
-    tower.image_size = getattr(tower, "image_size", wanted.crop_size[0])
+    tower.image_size = image_size or getattr(tower, "image_size", wanted.crop_size[0])
     return tower, ImageInput(
         size=(tower.image_size, tower.image_size),
         mean=AUXILIARY_MEAN if name in AUXILIARY else tuple(wanted.mean),
@@ -48,13 +47,15 @@ def build_torchvision(
     )
 
 
-def _classifier(name: str, pretrained: bool, where: str) -> nn.Module:
+def _classifier(name: str, pretrained: bool, image_size: int | None, where: str) -> nn.Module:
     """torchvision's model of 1000 classes, without classifiers half way up."""
     weights = "DEFAULT" if pretrained else None
     options = {"transform_input": False, "init_weights": not pretrained} if name in AUXILIARY else {}
+    if image_size is not None and name.startswith("vit_"):
+        options["image_size"] = image_size  # these know the size of their position embeddings; all others take any
     try:
         model = models.get_model(name, weights=weights, progress=sys.stderr.isatty(), **options)
-    except (EOFError, OSError, RuntimeError) as error:
+    except (EOFError, OSError, RuntimeError, ValueError) as error:
         raise ConfigError(
             f"{where}: torchvision's weights of {name} are not in the cache and cannot be fetched: fix the network, or"
             f" start without pretrained weights ({' '.join(str(error).split())})"

@@ -3,24 +3,25 @@
     model, contract, model_cfg, scale = build_open_clip("ViT-B-16", pretrained=None, preprocess=None, name="student")
     image_features = model.encode_image(to_model_input(view, contract.image, torch.float32))  # not normalised
 
-`model_cfg` is open_clip's own description of the model, {embed_dim, vision_cfg, text_cfg, ...}: it names an
-architecture, stands inline in a YAML, and lies in a release, and means the same in all three. The rules that turn it
+`model_cfg` is open_clip's own description of the model, with a few keys of ours (model_cfg.py). The rules that turn it
 into a module mirror open_clip.factory 3.3; nothing is registered with open_clip.
 """
 
 from __future__ import annotations
 
-import difflib
-import inspect
 from copy import deepcopy
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import open_clip
 import torch
-from open_clip.factory import get_model_config, load_checkpoint
-from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg, CustomTextCLIP
+from open_clip.factory import load_checkpoint
+from open_clip.model import (
+    CLIP,
+    CustomTextCLIP,
+    _build_text_tower,
+    _build_vision_tower,
+)
 from open_clip.pretrained import download_pretrained, get_pretrained_cfg, list_pretrained_tags_by_model
 from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
 from open_clip.transform import PreprocessCfg, merge_preprocess_dict
@@ -28,19 +29,25 @@ from torch import Tensor, nn
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import resize
 
-from kd_accel.models.two_towers import TwoTowers
+from kd_accel.models.hf_text import read_hf_tower
+from kd_accel.models.model_cfg import (
+    check_model_cfg,
+    classifier_of,
+    is_open_clips,
+    named_config,
+    skip_downloads,
+)
+from kd_accel.models.text import text_pad
+from kd_accel.models.timm_towers import build_timm
+from kd_accel.models.torchvision_towers import build_torchvision
+from kd_accel.models.two_towers import CLIP_LOG_SCALE, TwoTowers
 from kd_accel.schema import ConfigError
 from kd_accel.sections import PreprocessConfig
 from kd_accel.types import ImageInput, InputContract, TextInput
 
 CLIP_BPE = "clip_bpe"  # the tokenizer that open_clip carries with it
 
-# Keys of a model_cfg. Towers that return tokens beside the embedding are CoCa's, and those are refused.
-_TOP_KEYS = {*inspect.signature(CLIP).parameters, "custom_text"} - {"cast_dtype", "output_dict"}
-_TOWER_KEYS = {
-    "vision_cfg": {field.name for field in fields(CLIPVisionCfg)} - {"output_tokens"},
-    "text_cfg": {field.name for field in fields(CLIPTextCfg)} - {"output_tokens"},
-}
+_CLASSIFIERS = {"timm_classifier": build_timm, "torchvision_classifier": build_torchvision}
 
 
 @dataclass(frozen=True)
@@ -62,33 +69,34 @@ def build_open_clip(
     weights that cannot be fetched or do not fit.
     """
     where = f"{name}.arch"
-    model_cfg = _named_config(arch, where) if isinstance(arch, str) else deepcopy(arch)
+    model_cfg = named_config(arch, where) if isinstance(arch, str) else deepcopy(arch)
     tag = get_pretrained_cfg(arch, pretrained) if isinstance(arch, str) and pretrained else {}
     if tag.get("quick_gelu"):
         model_cfg["quick_gelu"] = True  # open_clip would only warn, and the features would be wrong
     file = None if pretrained is None else _weights_file(arch, pretrained, tag, f"{name}.pretrained")
 
     model = construct(model_cfg, where=where)
-    skip_timm_download(model_cfg)  # from here on, the weights come with the model
+    skip_downloads(model_cfg)  # from here on, the weights come with the model
     if file is not None:
         _load_weights(model, file, f"{name}.pretrained")
-    pixels = merge_preprocess_dict(PreprocessCfg(), tag) if preprocess is None else preprocess.model_dump()
-    contract = input_contract(model, model_cfg, pixels, where=where)
+    contract = input_contract(model, model_cfg, preprocess.model_dump() if preprocess else tag, where=where)
     return model, contract, model_cfg, take_scale(model)
 
 
-def construct(model_cfg: dict[str, Any], *, where: str) -> nn.Module:
+def construct(model_cfg: dict[str, Any], *, where: str, folder: Path | None = None) -> nn.Module:
     """The module that a model_cfg describes, with fresh fp32 weights and its scale parameters still in it.
 
+    Towers of HuggingFace start from their own weights unless the config, or the `folder` of a release, says otherwise.
     Raises ConfigError, which begins with `where`, for unknown keys and for sizes that do not fit each other.
     """
     check_model_cfg(model_cfg, where)
     arguments = {key: value for key, value in model_cfg.items() if key != "custom_text"}
     try:
-        if not all(tower in model_cfg for tower in _TOWER_KEYS):
-            return TwoTowers(**arguments)
-        custom = model_cfg.get("custom_text", False) or "hf_model_name" in model_cfg["text_cfg"]
-        return (CustomTextCLIP if custom else CLIP)(**arguments)
+        if is_open_clips(model_cfg):
+            return (CustomTextCLIP if model_cfg.get("custom_text", False) else CLIP)(**arguments)
+        return _two_towers(model_cfg, where, folder)
+    except ConfigError:
+        raise
     except (ArithmeticError, AssertionError, KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
         raise ConfigError(f"{where}: open_clip cannot build this model: {_one_line(error)}") from error
 
@@ -96,14 +104,19 @@ def construct(model_cfg: dict[str, Any], *, where: str) -> nn.Module:
 def input_contract(
     model: nn.Module, model_cfg: dict[str, Any], pixels: dict[str, Any], *, where: str, folder: Path | None = None
 ) -> InputContract:
-    """What `model` wants to see. `pixels`: {mean, std, interpolation, resize_mode}; `folder`: where a release keeps a
-    HuggingFace tokenizer. Raises ConfigError when the tokenizer cannot be had, or knows more tokens than the model."""
-    image = _image_input(model.visual.image_size, pixels) if "vision_cfg" in model_cfg else None
-    text = _text_input(model_cfg["text_cfg"], folder, where) if "text_cfg" in model_cfg else None
+    """What `model` wants to see. `pixels`: those of {mean, std, interpolation, resize_mode} that are not its package's;
+    `folder`: where a release keeps a HuggingFace tokenizer. Raises ConfigError when the tokenizer cannot be had, or knows more tokens than the model."""
+    image = _image_input(model, pixels) if "vision_cfg" in model_cfg else None
+    text = getattr(model, "text_input", None)
+    if "text_cfg" in model_cfg and text is None:
+        text = _text_input(model_cfg["text_cfg"], folder, where)
     return InputContract(image, text)
 
 
-def _image_input(size: int | tuple[int, int], pixels: dict[str, Any]) -> ImageInput:
+def _image_input(model: nn.Module, given: dict[str, Any]) -> ImageInput:
+    own = getattr(model, "image_input", None)
+    size = model.visual.image_size if own is None else own.size
+    pixels = merge_preprocess_dict(PreprocessCfg() if own is None else asdict(own), given)
     return ImageInput(
         size=(size, size) if isinstance(size, int) else tuple(size),
         mean=tuple(pixels["mean"]),
@@ -115,7 +128,7 @@ def _image_input(size: int | tuple[int, int], pixels: dict[str, Any]) -> ImageIn
 
 def _text_input(text_cfg: dict[str, Any], folder: Path | None, where: str) -> TextInput:
     tokenize = _tokenizer(text_cfg, folder, where)
-    return TextInput(tokenize.context_length, _tokenizer_name(text_cfg), tokenize, pad=None)
+    return TextInput(tokenize.context_length, _tokenizer_name(text_cfg), tokenize, text_pad(text_cfg))
 
 
 def take_scale(model: nn.Module) -> Scale:
@@ -144,84 +157,30 @@ def encode_image(model: nn.Module, view: Tensor, wanted: ImageInput) -> Tensor:
     return model.encode_image(to_model_input(view, wanted, dtype), normalize=False)
 
 
-def skip_timm_download(model_cfg: dict[str, Any]) -> None:
-    """Let a timm tower start without timm's own weights, whatever its config says: as open_clip does by default."""
-    if "timm_model_name" in model_cfg.get("vision_cfg", {}):
-        model_cfg["vision_cfg"]["timm_model_pretrained"] = False
+def _two_towers(model_cfg: dict[str, Any], where: str, folder: Path | None) -> TwoTowers:
+    vision_cfg, text_cfg, width = model_cfg.get("vision_cfg"), model_cfg.get("text_cfg"), model_cfg["embed_dim"]
+    quick_gelu = model_cfg.get("quick_gelu", False)
+    visual, text, inputs = None, None, {}
+    if vision_cfg is not None and (kind := classifier_of(vision_cfg)):
+        rest = {key: value for key, value in vision_cfg.items() if key not in (kind, "pretrained")}
+        pretrained, at = vision_cfg.get("pretrained", False), f"{where}.vision_cfg.{kind}"
+        build = _CLASSIFIERS[kind]
+        visual, inputs["image_input"] = build(
+            vision_cfg[kind], embed_dim=width, pretrained=pretrained, where=at, **rest
+        )
+    elif vision_cfg is not None:
+        visual = _build_vision_tower(width, vision_cfg, quick_gelu)
+    if text_cfg is not None and text_cfg.get("hf_model_name"):
+        text, inputs["text_input"] = read_hf_tower(folder, text_cfg, embed_dim=width, where=f"{where}.text_cfg")
+    elif text_cfg is not None:
+        text = _build_text_tower(width, text_cfg, quick_gelu)
+    scale, bias = model_cfg.get("init_logit_scale", CLIP_LOG_SCALE), model_cfg.get("init_logit_bias")
+    return TwoTowers(visual, text, **inputs, log_scale=scale, bias=bias)
 
 
 def _per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
     """[3, 1, 1], without making the host wait for the device."""
     return torch.tensor(values).view(-1, 1, 1).to(device, non_blocking=True)
-
-
-# Configs --------------------------------------------------------------------------------------------------------------
-
-
-def check_model_cfg(model_cfg: dict[str, Any], where: str) -> None:
-    """Raises ConfigError for an unknown or missing key, and for sizes that do not fit each other."""
-    _check_keys(model_cfg, where)
-    if "vision_cfg" in model_cfg:
-        _check_vision(model_cfg["vision_cfg"], f"{where}.vision_cfg")
-    text_cfg = model_cfg.get("text_cfg", {})
-    if text_cfg and not text_cfg.get("hf_model_name"):
-        text = CLIPTextCfg(**text_cfg)
-        _check_multiple(text.width, f"{where}.text_cfg.width", text.heads, "heads")
-    if text_cfg.get("embed_cls") and not (model_cfg.get("custom_text") or text_cfg.get("hf_model_name")):
-        raise ConfigError(f"{where}.text_cfg.embed_cls: needs custom_text: true beside text_cfg")
-
-
-def _named_config(arch: str, where: str) -> dict[str, Any]:
-    """open_clip's model_cfg of a named architecture."""
-    known = open_clip.list_models()
-    if arch not in known:
-        near = difflib.get_close_matches(arch, known, n=3, cutoff=0.4)
-        hint = f"; did you mean {', '.join(near)}?" if near else "; open_clip.list_models() lists them"
-        raise ConfigError(f"{where}: unknown architecture '{arch}'{hint}")
-    model_cfg = get_model_config(arch)
-    if "multimodal_cfg" in model_cfg:
-        raise ConfigError(f"{where}: '{arch}' is a CoCa, which is more than two towers: choose a CLIP architecture")
-    skip_timm_download(model_cfg)
-    return model_cfg
-
-
-def _check_keys(model_cfg: dict[str, Any], where: str) -> None:
-    if "embed_dim" not in model_cfg or not _TOWER_KEYS.keys() & model_cfg.keys():
-        raise ConfigError(f"{where}: embed_dim is needed, and vision_cfg, text_cfg or both")
-    _refuse_unknown(model_cfg, _TOP_KEYS, where)
-    for tower in _TOWER_KEYS.keys() & model_cfg.keys():
-        known = _TOWER_KEYS[tower]
-        if not isinstance(model_cfg[tower], dict):
-            raise ConfigError(f"{where}.{tower}: expected a mapping, got {model_cfg[tower]!r}")
-        _refuse_unknown(model_cfg[tower], known, f"{where}.{tower}")
-
-
-def _refuse_unknown(given: dict[str, Any], known: set[str], where: str) -> None:
-    for key in given.keys() - known:
-        near = difflib.get_close_matches(str(key), known, n=1)
-        hint = f"; did you mean '{near[0]}'?" if near else f"; known are {', '.join(sorted(known))}"
-        raise ConfigError(f"{where}.{key}: unknown key{hint}")
-
-
-def _check_vision(vision_cfg: dict[str, Any], where: str) -> None:
-    """What open_clip would round down without a word, or refuse in words of its own."""
-    vision = CLIPVisionCfg(**vision_cfg)
-    if vision.timm_model_name:
-        return
-    sides = vision.image_size if isinstance(vision.image_size, list | tuple) else [vision.image_size]
-    resnet = isinstance(vision.layers, list | tuple)
-    for side in sides:
-        step, its_name = (32, "the ResNet's stride") if resnet else (vision.patch_size, "patch_size")
-        _check_multiple(side, f"{where}.image_size", step, its_name)
-    width = vision.width * 32 if resnet else vision.width  # a ResNet pools over its last, 32 times wider map
-    _check_multiple(width, f"{where}.width", vision.head_width, "head_width")
-
-
-def _check_multiple(value: Any, key: str, divisor: Any, its_name: str) -> None:
-    if not all(isinstance(number, int) and number > 0 for number in (value, divisor)):
-        raise ConfigError(f"{key}={value!r} and {its_name}={divisor!r}: positive whole numbers are needed")
-    if value % divisor:
-        raise ConfigError(f"{key}={value} is not a multiple of {its_name}={divisor}: change one of them")
 
 
 # Weights --------------------------------------------------------------------------------------------------------------

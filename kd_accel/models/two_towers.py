@@ -3,36 +3,42 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from open_clip.model import _build_text_tower, _build_vision_tower
 from torch import Tensor, nn
+
+from kd_accel.types import ImageInput, TextInput
+
+CLIP_LOG_SCALE = math.log(1 / 0.07)  # where open_clip starts
 
 
 class TwoTowers(nn.Module):
-    """For what open_clip's CLIP cannot be: one tower alone, or towers of other packages; its state keys are those of
-    open_clip's CustomTextCLIP.
+    """What open_clip's CLIP cannot be: one tower alone, or towers of other packages.
 
-    visual   None, or a module with image_size: normalised pixels [b, 3, h, w] -> [b, d]
-    text     None, or a module: tokens [b, T] int64 -> [b, d]
+    visual        None, or a module: normalised pixels [b, 3, h, w] -> [b, d]
+    text          None, or a module: tokens [b, T] int64 -> [b, d]
+    image_input   what `visual` wants, where its package says so
+    text_input    what `text` wants, where its package says so
+
+    State keys are those of open_clip's CustomTextCLIP.
     """
 
     def __init__(
         self,
-        embed_dim: int,
-        vision_cfg: dict[str, Any] | None = None,
-        text_cfg: dict[str, Any] | None = None,
-        quick_gelu: bool = False,
-        init_logit_scale: float = math.log(1 / 0.07),
-        init_logit_bias: float | None = None,
+        visual: nn.Module | None,
+        text: nn.Module | None,
+        *,
+        image_input: ImageInput | None = None,
+        text_input: TextInput | None = None,
+        log_scale: float = CLIP_LOG_SCALE,
+        bias: float | None = None,
     ):
         super().__init__()
-        self.visual = None if vision_cfg is None else _build_vision_tower(embed_dim, vision_cfg, quick_gelu)
-        self.text = None if text_cfg is None else _build_text_tower(embed_dim, text_cfg, quick_gelu)
-        self.logit_scale = nn.Parameter(torch.tensor(init_logit_scale))
-        self.logit_bias = None if init_logit_bias is None else nn.Parameter(torch.tensor(init_logit_bias))
+        self.visual, self.text = visual, text
+        self.image_input, self.text_input = image_input, text_input
+        self.logit_scale = nn.Parameter(torch.tensor(log_scale))
+        self.logit_bias = None if bias is None else nn.Parameter(torch.tensor(bias))
 
     def encode_image(self, pixels: Tensor, normalize: bool = False) -> Tensor:
         """Normalised pixels [b, 3, h, w] -> [b, d]."""
@@ -45,7 +51,8 @@ class TwoTowers(nn.Module):
         return F.normalize(features, dim=-1) if normalize else features
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute activations in the backward pass, in every tower."""
-        for tower in (self.visual, self.text):
-            if tower is not None:
-                tower.set_grad_checkpointing(enable)
+        """Recompute activations in the backward pass, in every tower. Raises NotImplementedError for one that cannot."""
+        for tower in filter(None, (self.visual, self.text)):
+            if not hasattr(tower, "set_grad_checkpointing"):
+                raise NotImplementedError(f"{type(tower).__name__} cannot recompute its activations")
+            tower.set_grad_checkpointing(enable)

@@ -13,7 +13,8 @@ from PIL import Image
 from safetensors.torch import save_file
 from torchvision.transforms.functional import to_pil_image
 
-from kd_accel.models.towers import Scale, build_open_clip, check_model_cfg, to_model_input
+from kd_accel.models.model_cfg import check_model_cfg
+from kd_accel.models.towers import Scale, build_open_clip, to_model_input
 from kd_accel.schema import ConfigError
 from kd_accel.sections import PreprocessConfig
 

@@ -1,0 +1,102 @@
+"""From the `arch` of a config to a model: open_clip's names and configs, and models of other packages by a prefix.
+
+    ViT-B-16 | {embed_dim, vision_cfg, text_cfg}   open_clip: both towers, or one
+    timm/NAME  torchvision/NAME                    an image tower alone
+    hf/NAME                                        a text tower alone; for teachers also CLIP and SigLIP of transformers
+    sentence/NAME                                  teachers: a sentence-transformers model, word vectors too
+    ssl/LAYOUT                                     teachers: a ResNet from a self-supervised checkpoint
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from kd_accel.models.hf_clip import build_hf_clip, is_hf_clip
+from kd_accel.models.hf_text import build_hf_text, hf_text_cfg
+from kd_accel.models.release import read_release, resolve_release
+from kd_accel.models.sentence import build_sentence
+from kd_accel.models.ssl_checkpoints import load_ssl
+from kd_accel.models.timm_towers import build_timm
+from kd_accel.models.torchvision_towers import build_torchvision
+from kd_accel.models.towers import Scale, build_open_clip, take_scale
+from kd_accel.models.two_towers import TwoTowers
+from kd_accel.schema import ConfigError
+from kd_accel.sections import StudentConfig, TeacherConfig
+from kd_accel.types import ImageInput, InputContract, TextInput
+
+OWN_WEIGHTS = "default"  # student.pretrained: those that the package has for the name
+TEXT = {"pooling": "mean", "proj": "linear", "context_length": 77}  # of a text tower that is given by its name alone
+LAYOUTS = ("auto", "moco", "simclr", "swav", "plain")
+
+Built = tuple[nn.Module, InputContract, dict[str, Any], Scale]
+
+
+def build_student(config: StudentConfig, *, teacher_width: int | None) -> Built:
+    """(model, contract, model_cfg, scale) of `student`; fresh weights come from torch's global generator.
+
+    `teacher_width`: what an embedding is as wide as where neither arch nor embed_dim says so. Raises ConfigError.
+    """
+    prefix, _, name = config.arch.partition("/") if isinstance(config.arch, str) else ("", "", "")
+    arch, pretrained = config.arch, config.pretrained
+    if name:
+        arch = _one_tower_cfg(prefix, name, config, teacher_width)
+        pretrained = None if pretrained == OWN_WEIGHTS else pretrained
+    elif config.embed_dim is not None:
+        raise ConfigError("student.embed_dim: this architecture says itself how wide its embeddings are: drop it")
+    return build_open_clip(arch, pretrained=pretrained, preprocess=config.preprocess, name="student")
+
+
+def _one_tower_cfg(prefix: str, name: str, config: StudentConfig, teacher_width: int | None) -> dict[str, Any]:
+    width = config.embed_dim or teacher_width
+    if width is None:
+        raise ConfigError(f"student.embed_dim is needed with arch={config.arch}, since there is no teacher to be as wide as")
+    own = config.pretrained == OWN_WEIGHTS
+    match prefix:
+        case "timm" | "torchvision":
+            size = {} if config.image_size is None else {"image_size": config.image_size}
+            return {"embed_dim": width, "vision_cfg": {f"{prefix}_classifier": name, "pretrained": own, **size}}
+        case "hf":
+            return {"embed_dim": width, "text_cfg": hf_text_cfg(name, **TEXT) | {"hf_model_pretrained": own}}
+    raise ConfigError(f"student.arch: {config.arch}: a student begins with timm/, torchvision/ or hf/, or is open_clip's")
+
+
+def build_teacher(config: TeacherConfig, *, where: str) -> tuple[nn.Module, InputContract, int, Scale]:
+    """(model, contract, embed_dim, scale) of a teacher with its weights; raises ConfigError, which begins with `where`."""
+    if config.path is not None:
+        model, contract, model_cfg, scale = read_release(resolve_release(config.path))
+        return model, contract, model_cfg["embed_dim"], scale
+    prefix, _, name = config.arch.partition("/")
+    if not name:
+        built = build_open_clip(config.arch, pretrained=config.pretrained, preprocess=None, name=where)
+        model, contract, model_cfg, scale = built
+        return model, contract, model_cfg["embed_dim"], scale
+    at = f"{where}.arch"
+    options = {"embed_dim": None, "pretrained": True, "where": at}
+    match prefix:
+        case "timm":
+            return _image_alone(*build_timm(name, **options))
+        case "torchvision":
+            return _image_alone(*build_torchvision(name, **options))
+        case "ssl" if name in LAYOUTS:
+            return _image_alone(*load_ssl(name, config.pretrained, output=config.output, where=f"{where}.pretrained"))
+        case "hf" if is_hf_clip(name, where=at):
+            return build_hf_clip(name, where=at)
+        case "hf":
+            text = {**TEXT, "proj": None, "pooling": config.pooling}
+            return _text_alone(*build_hf_text(name, **options, **text))
+        case "sentence":
+            return _text_alone(*build_sentence(name, where=at))
+    known = f"timm/, torchvision/, hf/, sentence/, {', '.join(f'ssl/{layout}' for layout in LAYOUTS)}"
+    raise ConfigError(f"{at}: {config.arch}: no such kind of teacher; beside open_clip's names there are {known}")
+
+
+def _image_alone(tower: nn.Module, wants: ImageInput) -> tuple[nn.Module, InputContract, int, Scale]:
+    model = TwoTowers(tower, None, image_input=wants)
+    return model, InputContract(wants, None), tower.embed_dim, take_scale(model)
+
+
+def _text_alone(tower: nn.Module, wants: TextInput) -> tuple[nn.Module, InputContract, int, Scale]:
+    model = TwoTowers(None, tower, text_input=wants)
+    return model, InputContract(None, wants), tower.embed_dim, take_scale(model)
