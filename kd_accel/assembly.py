@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from kd_accel import distributed, terms
 from kd_accel.bindings import features_read, teacher_towers_read
@@ -12,6 +12,8 @@ from kd_accel.config import TrainConfig, teachers_of
 from kd_accel.data.loader import TrainLoader
 from kd_accel.fit import check_class_width, check_fit, check_towers, match_towers
 from kd_accel.models.class_embeddings import class_embeddings
+from kd_accel.models.inherit import inherit
+from kd_accel.models.release import read_release, resolve_release
 from kd_accel.models.student import Student
 from kd_accel.models.teacher import Teacher
 from kd_accel.objective import Objective
@@ -30,7 +32,21 @@ def build_student(config: TrainConfig, teachers: dict[str, Teacher]) -> Student:
     if len(ratios) > 1:
         raise ConfigError(f"objective.terms: masked_feature_mse with mask_ratio {sorted(ratios)}: one view is made")
     dims = {name: teacher.embed_dim for name, teacher in teachers.items()}
-    return Student(config.student, dims, mask_ratio=next(iter(ratios), None))
+    student = Student(config.student, dims, mask_ratio=next(iter(ratios), None))
+    if config.student.init is not None:
+        student.inherited = inherit(student.clip, _forebear(config, teachers), where=f"student.init={config.student.init}")
+    return student
+
+
+def _forebear(config: TrainConfig, teachers: dict[str, Teacher]) -> nn.Module:
+    """The model whose weights the student starts from."""
+    init = config.student.init
+    if init != "teacher" and init not in teachers:
+        return read_release(resolve_release(init))[0]
+    found = teachers.get(init) or (next(iter(teachers.values())) if len(teachers) == 1 else None)
+    if found is None:
+        raise ConfigError(f"student.init={init}: name one of the teachers ({', '.join(teachers) or 'there is none'}), or a run")
+    return found.clip
 
 
 def fit_models(config: TrainConfig, student: Student, teachers: dict[str, Teacher]) -> TrainConfig:
@@ -83,6 +99,7 @@ def build_objective(
 def remarks(config: TrainConfig, student: Student) -> list[str]:
     """What is not as the weights brought it, or not trained; a sentence each, for the log."""
     said, own, asked = [], student.scale, config.objective
+    said += student.inherited
     if student.locked:
         said.append(f"frozen by student.lock: {', '.join(student.locked)}")
     if student.frozen:

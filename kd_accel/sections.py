@@ -153,9 +153,9 @@ class StudentConfig(Schema):
 
     default: those that timm, torchvision or HuggingFace has for the NAME."""
     init: str | None = None
-    """Start from another model: teacher copies the layers and widths of it that fit (TinyCLIP, arXiv 2309.12314).
+    """Start from another model: teacher (or the name of one of several), or PATH of a run, checkpoint or release.
 
-    PATH: the weights of a run, a checkpoint or a release of the same architecture."""
+    Of a deeper or wider one, evenly chosen layers and leading channels are copied (TinyCLIP, arXiv 2309.12314)."""
     embed_dim: int | None = Field(None, gt=0)
     """Width of the embedding of timm/, torchvision/ and hf/ students; null: the teacher's."""
     image_size: int | None = Field(None, gt=0)

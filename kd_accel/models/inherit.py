@@ -1,6 +1,6 @@
-"""Starts a student from a larger teacher's weights, as TinyCLIP's manual inheritance does (arXiv 2309.12314).
+"""Starts a student from a larger model's weights, as TinyCLIP's manual inheritance does (arXiv 2309.12314).
 
-    for line in inherit(student.clip, teacher.clip):
+    for line in inherit(student.clip, teacher.clip, where="student.init=teacher"):
         log.info(line)
 
 Depth: n blocks of the teacher's N, evenly from the first to the last: block i takes round(i (N - 1) / (n - 1)).
@@ -26,12 +26,12 @@ WHOLE = {  # dimensions that are not a width: of these a part would mean somethi
 }
 
 
-def inherit(student_clip: nn.Module, teacher_clip: nn.Module) -> list[str]:
+def inherit(student_clip: nn.Module, teacher_clip: nn.Module, *, where: str) -> list[str]:
     """Copy what fits of the teacher's towers into the student's; returns a sentence per tower for the log.
 
     open_clip's transformers may be deeper and wider in the teacher; towers of other kinds are copied where every name
     and shape is the same. A tower that does not fit keeps its fresh weights.
-    Raises ConfigError when neither fits.
+    Raises ConfigError, which begins with `where`, when neither fits.
     """
     said, misfits = [], []
     for tower in ("image", "text"):
@@ -41,9 +41,9 @@ def inherit(student_clip: nn.Module, teacher_clip: nn.Module) -> list[str]:
             misfits.append(f"the {tower} tower {reason}")
             continue
         blocks = _copy(_state(ours), _state(theirs))
-        said.append(f"the {tower} tower starts from the teacher's{blocks}")
+        said.append(f"the {tower} tower starts from that of {where.partition('=')[2]}:{blocks}")
     if not said:
-        raise ConfigError(f"student.init=teacher: nothing of the teacher fits: {'; '.join(misfits)}")
+        raise ConfigError(f"{where}: nothing of that model fits: {'; '.join(misfits)}")
     return said + [f"{misfit}: it starts fresh" for misfit in misfits]
 
 

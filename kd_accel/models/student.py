@@ -32,6 +32,7 @@ class Student(nn.Module):
     widths          of its features, by name
     scale           what it starts with: of its weights, or of its architecture
     frozen          what is not trained, in words
+    inherited       what it starts from of another model, in words
     locked          what `lock` freezes, in words
     unread          towers that are not even run
     """
@@ -49,6 +50,7 @@ class Student(nn.Module):
         self.widths = dict.fromkeys(self.towers, self.embed_dim)
         self.unread: set[str] = set()
         self.locked = lock(self.clip, config.lock)
+        self.inherited: list[str] = []
         self.mask = None if mask_ratio is None else PatchMask.install(self.clip.visual, mask_ratio)
         self.projector = self.prototype_head = self.class_head = None
         self.frozen: list[str] = []

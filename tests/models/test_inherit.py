@@ -39,9 +39,9 @@ def test_equal_shapes_give_an_equal_model(kind, clip):
     for name, buffer in teacher.named_buffers():
         if "running" in name:
             buffer.uniform_(0.5, 2)
-    said = inherit(student, teacher)
+    said = inherit(student, teacher, where="student.init=teacher")
     torch.testing.assert_close(towers(student), towers(teacher), rtol=0, atol=0)
-    assert said[1] == "the text tower starts from the teacher's blocks 0, 1, 100% of its weights"
+    assert said[1] == "the text tower starts from that of teacher: blocks 0, 1, 100% of its weights"
 
 
 @pytest.mark.parametrize("custom_text", [False, True])
@@ -49,7 +49,7 @@ def test_half_the_depth_takes_the_first_the_last_and_those_between(custom_text, 
     """Where the teacher's other blocks add nothing, features stay; text towers of a CLIP and of a CustomTextCLIP."""
     teacher = clip(vision={"layers": 4}, text={"layers": 4}, custom_text=custom_text)
     student = clip(vision={"layers": 2}, text={"layers": 2})
-    said = inherit(student, teacher)
+    said = inherit(student, teacher, where="student.init=teacher")
     assert [line.partition("blocks ")[2][:5] for line in said] == ["0, 3,", "0, 3,"]
     for name, parameter in teacher.named_parameters():
         if name.endswith(("out_proj.weight", "out_proj.bias", "c_proj.weight", "c_proj.bias")) and ".0." not in name:
@@ -62,7 +62,7 @@ def test_half_the_depth_takes_the_first_the_last_and_those_between(custom_text, 
 def test_six_of_twelve(clip):
     """By the rule: 11 i / 5 rounded."""
     student, teacher = clip(vision={"layers": 6}), clip(vision={"layers": 12})
-    inherit(student, teacher)
+    inherit(student, teacher, where="student.init=teacher")
     for ours, theirs in enumerate([0, 2, 4, 7, 9, 11]):
         taken = teacher.visual.transformer.resblocks[theirs].state_dict()
         found = student.visual.transformer.resblocks[ours].state_dict()
@@ -73,7 +73,7 @@ def test_half_the_width_takes_leading_channels(clip):
     """Rows and columns of every kind of weight, and a smaller embedding."""
     student = clip(vision=SMALL | {"layers": 1}, text={"width": 16, "heads": 1}, embed_dim=8)
     teacher = clip(vision={"head_width": 8, "layers": 1})
-    inherit(student, teacher)
+    inherit(student, teacher, where="student.init=teacher")
     ours, theirs = towers(student), towers(teacher)
     block = "visual.transformer.resblocks.0."
     for name, part in {
@@ -92,7 +92,7 @@ def test_half_the_width_takes_leading_channels(clip):
 def test_heads_stay_whole(clip):
     """On the student's channels, its attention is the teacher's with all but the leading heads cut off."""
     student, teacher = clip(vision=SMALL), clip(vision={"head_width": 8})
-    inherit(student, teacher)
+    inherit(student, teacher, where="student.init=teacher")
     ours = student.visual.transformer.resblocks[0].attn
     theirs = teacher.visual.transformer.resblocks[0].attn
     theirs.out_proj.weight.data[:, 16:] = 0  # of heads 2 and 3
@@ -105,8 +105,8 @@ def test_heads_stay_whole(clip):
 def test_one_tower_that_does_not_fit_starts_fresh(clip):
     student, teacher = clip(text={"context_length": 12}), clip()
     before = towers(student)["positional_embedding"].clone()
-    said = inherit(student, teacher)
-    assert said[0].startswith("the image tower starts from the teacher's blocks 0, 1")
+    said = inherit(student, teacher, where="student.init=teacher")
+    assert said[0].startswith("the image tower starts from that of teacher: blocks 0, 1")
     assert said[1] == (
         "the text tower has positional_embedding of shape (12, 32), which is no part of the teacher's, (16, 32):"
         " it starts fresh"
