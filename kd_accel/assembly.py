@@ -34,7 +34,9 @@ def build_student(config: TrainConfig, teachers: dict[str, Teacher]) -> Student:
     dims = {name: teacher.embed_dim for name, teacher in teachers.items()}
     student = Student(config.student, dims, mask_ratio=next(iter(ratios), None))
     if config.student.init is not None:
-        student.inherited = inherit(student.clip, _forebear(config, teachers), where=f"student.init={config.student.init}")
+        student.inherited = inherit(
+            student.clip, _forebear(config, teachers), where=f"student.init={config.student.init}"
+        )
     return student
 
 
@@ -45,7 +47,9 @@ def _forebear(config: TrainConfig, teachers: dict[str, Teacher]) -> nn.Module:
         return read_release(resolve_release(init))[0]
     found = teachers.get(init) or (next(iter(teachers.values())) if len(teachers) == 1 else None)
     if found is None:
-        raise ConfigError(f"student.init={init}: name one of the teachers ({', '.join(teachers) or 'there is none'}), or a run")
+        raise ConfigError(
+            f"student.init={init}: name one of the teachers ({', '.join(teachers) or 'there is none'}), or a run"
+        )
     return found.clip
 
 

@@ -209,7 +209,6 @@ class TeacherConfig(Schema):
             raise ValueError("path already names the weights: drop pretrained")
         return self
 
-
     def _weights_are_named(self) -> None:
         package = self.arch.partition("/")[0] if "/" in self.arch else None
         if package in (None, "ssl") and self.pretrained is None:

@@ -1,10 +1,10 @@
 """From the `arch` of a config to a model: open_clip's names and configs, and models of other packages by a prefix.
 
-    ViT-B-16 | {embed_dim, vision_cfg, text_cfg}   open_clip: both towers, or one
-    timm/NAME  torchvision/NAME                    an image tower alone
-    hf/NAME                                        a text tower alone; for teachers also CLIP and SigLIP of transformers
-    sentence/NAME                                  teachers: a sentence-transformers model, word vectors too
-    ssl/LAYOUT                                     teachers: a ResNet from a self-supervised checkpoint
+ViT-B-16 | {embed_dim, vision_cfg, text_cfg}   open_clip: both towers, or one
+timm/NAME  torchvision/NAME                    an image tower alone
+hf/NAME                                        a text tower alone; for teachers also CLIP and SigLIP of transformers
+sentence/NAME                                  teachers: a sentence-transformers model, word vectors too
+ssl/LAYOUT                                     teachers: a ResNet from a self-supervised checkpoint
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def build_student(config: StudentConfig, *, teacher_width: int | None) -> Built:
 def _one_tower_cfg(prefix: str, name: str, config: StudentConfig, teacher_width: int | None) -> dict[str, Any]:
     width = config.embed_dim or teacher_width
     if width is None:
-        raise ConfigError(f"student.embed_dim is needed with arch={config.arch}, since there is no teacher to be as wide as")
+        raise ConfigError(f"student.embed_dim is needed with arch={config.arch}: there is no teacher to be as wide as")
     own = config.pretrained == OWN_WEIGHTS
     match prefix:
         case "timm" | "torchvision":
@@ -59,7 +59,9 @@ def _one_tower_cfg(prefix: str, name: str, config: StudentConfig, teacher_width:
             return {"embed_dim": width, "vision_cfg": {f"{prefix}_classifier": name, "pretrained": own, **size}}
         case "hf":
             return {"embed_dim": width, "text_cfg": hf_text_cfg(name, **TEXT) | {"hf_model_pretrained": own}}
-    raise ConfigError(f"student.arch: {config.arch}: a student begins with timm/, torchvision/ or hf/, or is open_clip's")
+    raise ConfigError(
+        f"student.arch: {config.arch}: a student begins with timm/, torchvision/ or hf/, or is open_clip's"
+    )
 
 
 def build_teacher(config: TeacherConfig, *, where: str) -> tuple[nn.Module, InputContract, int, Scale]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
-from kd_accel.models.towers import Scale
+from kd_accel.models.towers import Scale, take_scale
 from kd_accel.models.two_towers import TwoTowers
 from kd_accel.schema import ConfigError
 from kd_accel.types import ImageInput, InputContract, TextInput
@@ -81,17 +81,20 @@ def build_hf_clip(name: str, *, where: str) -> tuple[TwoTowers, InputContract, i
     return towers.eval(), InputContract(image, text), embed_dim, Scale(model.logit_scale.item(), bias)
 
 
+def is_hf_clip(name: str, *, where: str) -> bool:
+    """Whether `name` has two towers, and is not a text encoder; raises ConfigError, which begins with `where`."""
+    return _load(AutoConfig, "model", name, where).model_type in ("clip", "siglip", "siglip2")
+
+
 def _towers(model: PreTrainedModel) -> tuple[TwoTowers, int]:
     """SigLIP's towers end in the shared space; CLIP has a projection behind each."""
     if model.config.model_type == "clip":
         embed_dim, projections = model.config.projection_dim, (model.visual_projection, model.text_projection)
     else:
         embed_dim, projections = model.config.vision_config.hidden_size, (nn.Identity(), nn.Identity())
-    towers = TwoTowers(embed_dim)
-    towers.visual = PooledTower(model.vision_model, projections[0])
-    towers.visual.image_size = model.config.vision_config.image_size
-    towers.text = PooledTower(model.text_model, projections[1])
-    towers.logit_scale = None  # DeepSpeed 0.19.8 cannot prepare 0-dim parameters
+    image, text = PooledTower(model.vision_model, projections[0]), PooledTower(model.text_model, projections[1])
+    towers = TwoTowers(image, text)
+    take_scale(towers)
     return towers, embed_dim
 
 

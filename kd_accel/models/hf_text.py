@@ -149,7 +149,8 @@ def read_hf_tower(
     """The tower that a text_cfg describes.
 
     Of a release, `folder`, it has fresh weights, and nothing outside of that folder is read; without one it starts from
-    the model's own weights unless hf_model_pretrained is false, and hf_config changes keys of its config.json. Keys that `text_cfg` lacks have open_clip's defaults. Raises ConfigError.
+    the model's own weights unless hf_model_pretrained is false, and hf_config changes keys of its config.json. Keys that
+    `text_cfg` lacks have open_clip's defaults. Raises ConfigError.
     """
     poolings = {pooler: pooling for pooling, pooler in POOLERS.items()}
     pooler = text_cfg.get("hf_pooler_type", "mean_pooler")

@@ -104,8 +104,12 @@ def construct(model_cfg: dict[str, Any], *, where: str, folder: Path | None = No
 def input_contract(
     model: nn.Module, model_cfg: dict[str, Any], pixels: dict[str, Any], *, where: str, folder: Path | None = None
 ) -> InputContract:
-    """What `model` wants to see. `pixels`: those of {mean, std, interpolation, resize_mode} that are not its package's;
-    `folder`: where a release keeps a HuggingFace tokenizer. Raises ConfigError when the tokenizer cannot be had, or knows more tokens than the model."""
+    """What `model` wants to see.
+
+    `pixels`: those of {mean, std, interpolation, resize_mode} that are not its package's; `folder`: where a release
+    keeps a HuggingFace tokenizer. Raises ConfigError when the tokenizer cannot be had, or knows more tokens than the
+    model.
+    """
     image = _image_input(model, pixels) if "vision_cfg" in model_cfg else None
     text = getattr(model, "text_input", None)
     if "text_cfg" in model_cfg and text is None:

@@ -51,7 +51,7 @@ class TwoTowers(nn.Module):
         return F.normalize(features, dim=-1) if normalize else features
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute activations in the backward pass, in every tower. Raises NotImplementedError for one that cannot."""
+        """Recompute activations in the backward pass; raises NotImplementedError for a tower that cannot."""
         for tower in filter(None, (self.visual, self.text)):
             if not hasattr(tower, "set_grad_checkpointing"):
                 raise NotImplementedError(f"{type(tower).__name__} cannot recompute its activations")

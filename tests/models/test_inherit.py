@@ -128,11 +128,11 @@ def test_one_tower_that_does_not_fit_starts_fresh(clip):
 def test_nothing_fits(kind, changes, reason, clip):
     """Every way for an image tower, of a student whose text tower does not fit either."""
     text = {"text": {"vocab_size": 49409}}
-    with pytest.raises(ConfigError, match=r"^student\.init=teacher: nothing of the teacher fits: .*" + reason):
-        inherit(clip(kind, **changes | text), clip())
+    with pytest.raises(ConfigError, match=r"^student\.init=teacher: nothing of that model fits: .*" + reason):
+        inherit(clip(kind, **changes | text), clip(), where="student.init=teacher")
 
 
 def test_a_missing_tower(clip, arch):
-    student = TwoTowers(embed_dim=16, vision_cfg=arch()["vision_cfg"])
-    said = inherit(student, clip())
+    student = TwoTowers(clip().visual, None)
+    said = inherit(student, clip(), where="student.init=teacher")
     assert said[1] == "the text tower is missing in one of the two: it starts fresh"

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import tiny_hf
 import torch
 from accelerate import init_empty_weights
+from open_clip import CustomTextCLIP
 from torch import nn
 
 from kd_accel.models.lock import lock
@@ -42,9 +44,13 @@ def test_of_timm_inside_open_clip_the_projection_is_a_group(groups, arch):
     assert trained(ours) == trained(theirs)
 
 
-def test_of_huggingface_the_projection_is_a_group(hf_clip):
-    """As with timm."""
-    ours, theirs = hf_clip(), hf_clip()
+def test_of_huggingface_the_projection_is_a_group(tmp_path, arch):
+    """As with timm; names are those of open_clip's own tower."""
+    source = str(tiny_hf.write_text_model(tmp_path, "roberta"))
+    text = {"hf_model_name": source, "hf_model_pretrained": False, "hf_pooler_type": "mean_pooler"}
+    text |= {"context_length": 12}
+    model_cfg = {"embed_dim": 16, "vision_cfg": arch()["vision_cfg"], "text_cfg": text}
+    ours, theirs = construct(model_cfg, where="student.arch"), CustomTextCLIP(**model_cfg)
     lock(ours, {"text": 2})
     theirs.lock_text_tower(unlocked_layers=1)
     assert trained(ours) == trained(theirs)
@@ -67,9 +73,8 @@ def test_of_huggingface_the_projection_is_a_group(hf_clip):
 )
 def test_groups_of_torchvision(name, groups, first):
     """The last groups of a single tower train, from `first` on; their order is that of the layers."""
-    clip = TwoTowers(embed_dim=8)
     with init_empty_weights():
-        clip.visual, _ = build_torchvision(name, embed_dim=8, pretrained=False, where="student.image")
+        clip = TwoTowers(build_torchvision(name, embed_dim=8, pretrained=False, where="student.image")[0], None)
     lock(clip, {"image": groups})
     names = [key for key, _ in clip.named_parameters() if key.startswith("visual.")]
     assert trained(clip) == set(names[names.index(first) :])
@@ -77,8 +82,8 @@ def test_groups_of_torchvision(name, groups, first):
 
 def test_groups_of_timm():
     """Of the tower that timm_towers builds: head, then the last block with the norm behind it."""
-    clip = TwoTowers(embed_dim=8)
-    clip.visual, _ = build_timm("vit_tiny_patch16_224", embed_dim=8, pretrained=False, where="x", image_size=32)
+    tower, _ = build_timm("vit_tiny_patch16_224", embed_dim=8, pretrained=False, where="x", image_size=32)
+    clip = TwoTowers(tower, None)
     lock(clip, {"image": 2})
     names = [key for key, _ in clip.named_parameters() if key.startswith("visual.")]
     assert trained(clip) == set(names[names.index("visual.trunk.blocks.11.norm1.weight") :])
@@ -113,22 +118,10 @@ def test_more_groups_than_there_are(arch):
     clip = construct(arch("vit"), where="student.arch")
     with pytest.raises(ConfigError, match=r"student\.lock\.image=4: the image tower has 4 groups .* at most 3"):
         lock(clip, {"image": 4})
-    densenet = TwoTowers(embed_dim=8)
-    densenet.visual, _ = build_torchvision("densenet121", embed_dim=8, pretrained=False, where="student.image")
+    tower, _ = build_torchvision("densenet121", embed_dim=8, pretrained=False, where="student.image")
+    densenet = TwoTowers(tower, None)
     densenet.logit_scale = None  # as take_scale leaves it
     with pytest.raises(ConfigError, match=r"student\.lock\.image=1: the image tower has 1 group of layers"):
         lock(densenet, {"image": 1})
     with pytest.raises(ConfigError, match=r"student\.lock\.text: the student has no text tower"):
         lock(densenet, {"text": 0})
-
-
-@pytest.fixture
-def hf_clip(tmp_path, arch):
-    """A CLIP with a RoBERTa of two layers from a folder on this machine."""
-    from transformers import RobertaConfig
-
-    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
-    RobertaConfig(vocab_size=100, max_position_embeddings=20, **sizes).save_pretrained(tmp_path)
-    text = {"hf_model_name": str(tmp_path), "hf_model_pretrained": False, "hf_pooler_type": "mean_pooler"}
-    model_cfg = {"embed_dim": 16, "vision_cfg": arch()["vision_cfg"], "text_cfg": text}
-    return lambda: construct(model_cfg, where="student.arch")

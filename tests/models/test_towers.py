@@ -226,7 +226,7 @@ def test_wrong_inline_config_is_one_clear_line(changes, message, arch):
 
 
 def test_one_tower_alone_is_that_of_the_whole_model(arch):
-    """Its state keys are those of open_clip's CustomTextCLIP, its contract has no other half, its features are equal."""
+    """State keys are those of open_clip's CustomTextCLIP, the contract has no other half, features are equal."""
     whole = arch()
     both, contract, _, _ = build(whole | {"custom_text": True})
     for kept, gone, tower in (("vision_cfg", "text_cfg", "visual"), ("text_cfg", "vision_cfg", "text")):
