@@ -1,0 +1,78 @@
+"""Folders of images as sources of samples.
+
+    FOLDER/*.jpg          images only
+    FOLDER/CLASS/**.jpg   labels and captions too: a class is a sub-folder, its number that of its name among the sorted
+
+A caption is the name of the class, or what a json file says of it: {"n01440764": "tench"}, also by the number of the
+class, and with several texts as a list.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from kd_accel.data.columns import AUTO, Fields
+from kd_accel.data.rows import ArrowRows, Part, RowSource
+from kd_accel.schema import ConfigError
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
+
+
+def open_folder(folder: str, *, caption: str | None = AUTO, max_samples: int | None = None) -> RowSource:
+    """The images of `folder`, sorted by path; `caption`: a json file with texts, None: no captions.
+
+    Raises ConfigError for a folder without images, with images both in and beside sub-folders, and for a json file that
+    lacks a class.
+    """
+    root = Path(folder)
+    if not root.is_dir():
+        raise ConfigError(f"data.folder: {folder}: no such folder")
+    found = _images(root)
+    classes = sorted(found.keys() - {""})
+    if found.get("") and classes:
+        raise ConfigError(f"data.folder: {folder} holds images itself and in {classes[0]}/: give one or the other")
+    paths = pa.array([path for name in sorted(found) for path in sorted(found[name])], pa.large_string())
+    columns = {"image": paths}
+    if classes:
+        labels = np.repeat(np.arange(len(classes)), [len(found[name]) for name in classes])
+        columns["label"] = pa.array(labels)
+        if caption is not None:
+            texts = [[name] for name in classes] if caption == AUTO else _texts(Path(caption), classes)
+            columns["caption"] = pa.array(texts, pa.list_(pa.string())).take(columns["label"])
+    elif caption not in (None, AUTO):
+        raise ConfigError(f"data.caption: {caption} names classes, but {folder} has no sub-folders with images")
+    fields = Fields("image", ("caption",) * ("caption" in columns), (), "label" if classes else None)
+    part = Part(str(folder), root, len(paths))
+    return RowSource(ArrowRows(pa.table(columns)), fields, [part], key="data.folder", max_samples=max_samples)
+
+
+def _images(root: Path) -> dict[str, list[str]]:
+    """{first sub-folder, "" for none: paths of its images, relative to `root`}; hidden files are left out."""
+    found: dict[str, list[str]] = {}
+    for folder, _, names in os.walk(root, followlinks=True):
+        inside = os.path.relpath(folder, root)
+        prefix = "" if inside == "." else f"{inside}/"
+        images = [prefix + name for name in names if name[0] != "." and name.lower().endswith(IMAGE_SUFFIXES)]
+        if images:
+            found.setdefault(prefix.partition("/")[0], []).extend(images)
+    return found
+
+
+def _texts(path: Path, classes: list[str]) -> list[list[str]]:
+    """The texts of each class."""
+    try:
+        texts = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"data.caption: {path} cannot be read as JSON: {error}") from None
+    numbers = [str(number) for number in range(len(classes))]
+    names = numbers if isinstance(texts, dict) and texts.keys() == set(numbers) else classes
+    values = [texts.get(name) if isinstance(texts, dict) else None for name in names]
+    for name, value in zip(names, values, strict=True):
+        if not (isinstance(value, str) or isinstance(value, list) and all(isinstance(text, str) for text in value)):
+            raise ConfigError(f'data.caption: {path} has no text for the folder {name}; expected {{"{name}": "..."}}')
+    return [[value] if isinstance(value, str) else value for value in values]
