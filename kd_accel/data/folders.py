@@ -12,22 +12,25 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from kd_accel.data.columns import AUTO, Fields
+from kd_accel.data.columns import AUTO, Columns, Fields
 from kd_accel.data.rows import ArrowRows, Part, RowSource
 from kd_accel.schema import ConfigError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
 
 
-def open_folder(folder: str, *, caption: str | None = AUTO, max_samples: int | None = None) -> RowSource:
+def open_folder(
+    folder: str, *, caption: Columns = AUTO, labels: bool = False, max_samples: int | None = None
+) -> RowSource:
     """The images of `folder`, sorted by path; `caption`: a json file with texts, None: no captions.
 
-    Raises ConfigError for a folder without images, with images both in and beside sub-folders, and for a json file that
-    lacks a class.
+    Raises ConfigError for a folder without images, with images both in and beside sub-folders, and for labels or texts
+    of classes where there are none.
     """
     root = Path(folder)
     if not root.is_dir():
@@ -36,17 +39,16 @@ def open_folder(folder: str, *, caption: str | None = AUTO, max_samples: int | N
     classes = sorted(found.keys() - {""})
     if found.get("") and classes:
         raise ConfigError(f"data.folder: {folder} holds images itself and in {classes[0]}/: give one or the other")
-    paths = pa.array([path for name in sorted(found) for path in sorted(found[name])], pa.large_string())
-    columns = {"image": paths}
+    if wanted := ["data.label"] * labels + ["data.caption"] * (caption not in (None, AUTO)):
+        if not classes:
+            raise ConfigError(f"{wanted[0]}: {folder} has no sub-folders with images, which would be its classes")
+    paths = [os.fsencode(path) for name in sorted(found) for path in sorted(found[name])]
+    columns = {"image": pa.array(paths, pa.large_binary()).view(pa.large_string())}  # names need not be UTF-8
     if classes:
-        labels = np.repeat(np.arange(len(classes)), [len(found[name]) for name in classes])
-        columns["label"] = pa.array(labels)
-        if caption is not None:
-            texts = [[name] for name in classes] if caption == AUTO else _texts(Path(caption), classes)
-            columns["caption"] = pa.array(texts, pa.list_(pa.string())).take(columns["label"])
-    elif caption not in (None, AUTO):
-        raise ConfigError(f"data.caption: {caption} names classes, but {folder} has no sub-folders with images")
-    fields = Fields("image", ("caption",) * ("caption" in columns), (), "label" if classes else None)
+        columns["label"] = pa.array(np.repeat(np.arange(len(classes)), [len(found[name]) for name in classes]))
+    if texts := _texts(caption, classes):
+        columns["caption"] = pa.array(texts, pa.list_(pa.string())).take(columns["label"])
+    fields = Fields("image", ("caption",) if texts else (), (), "label" if labels else None)
     part = Part(str(folder), root, len(paths))
     return RowSource(ArrowRows(pa.table(columns)), fields, [part], key="data.folder", max_samples=max_samples)
 
@@ -63,16 +65,25 @@ def _images(root: Path) -> dict[str, list[str]]:
     return found
 
 
-def _texts(path: Path, classes: list[str]) -> list[list[str]]:
-    """The texts of each class."""
+def _texts(caption: Columns, classes: list[str]) -> list[list[str]]:
+    """The texts of each class; [] for no captions."""
+    if caption is None:
+        return []
+    if caption == AUTO:
+        return [[name] for name in classes]
+    if not isinstance(caption, str):
+        raise ConfigError(f"data.caption: for a folder it is one json file (got {', '.join(caption)})")
     try:
-        texts = json.loads(path.read_bytes())
+        texts = json.loads(Path(caption).read_bytes())
     except (OSError, ValueError) as error:
-        raise ConfigError(f"data.caption: {path} cannot be read as JSON: {error}") from None
+        raise ConfigError(f"data.caption: {caption} cannot be read as JSON: {error}") from None
     numbers = [str(number) for number in range(len(classes))]
     names = numbers if isinstance(texts, dict) and texts.keys() == set(numbers) else classes
-    values = [texts.get(name) if isinstance(texts, dict) else None for name in names]
-    for name, value in zip(names, values, strict=True):
-        if not (isinstance(value, str) or isinstance(value, list) and all(isinstance(text, str) for text in value)):
-            raise ConfigError(f'data.caption: {path} has no text for the folder {name}; expected {{"{name}": "..."}}')
-    return [[value] if isinstance(value, str) else value for value in values]
+    return [_listed(texts, name, caption) for name in names]
+
+
+def _listed(texts: Any, name: str, path: str) -> list[str]:
+    value = texts.get(name) if isinstance(texts, dict) else None
+    if not (isinstance(value, str) or isinstance(value, list) and all(isinstance(text, str) for text in value)):
+        raise ConfigError(f'data.caption: {path} has no text for the folder {name}; expected {{"{name}": "..."}}')
+    return [value] if isinstance(value, str) else value

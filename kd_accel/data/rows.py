@@ -15,8 +15,8 @@ import numpy as np
 import pyarrow as pa
 
 from kd_accel.data.columns import Fields
-from kd_accel.data.shards import MAX_LABEL_DIGITS, BadSample
-from kd_accel.data.source import Sample
+from kd_accel.data.shards import MAX_LABEL_DIGITS
+from kd_accel.data.source import BadSample, Sample
 from kd_accel.schema import ConfigError
 
 BLOCK = 10_000  # rows that count as one shard

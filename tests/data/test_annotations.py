@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from kd_accel.data.shards import BadSample
+from kd_accel.data.source import BadSample
 from kd_accel.data.tables import open_table
 from kd_accel.schema import ConfigError
 

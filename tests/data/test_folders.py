@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 
 from kd_accel.data.folders import open_folder
+from kd_accel.data.source import BadSample
 from kd_accel.schema import ConfigError
 
 
@@ -28,7 +30,7 @@ def classes(tmp_path, jpeg):
 
 def test_classes(classes, jpeg):
     """A label is the number of the sorted sub-folder with images, a caption its name."""
-    source = open_folder(str(classes))
+    source = open_folder(str(classes), labels=True)
     assert samples(source) == [
         ("cat/b.PNG", ("cat",), 0),
         ("cat/deep/a.jpg", ("cat",), 0),
@@ -36,7 +38,7 @@ def test_classes(classes, jpeg):
     ]
     assert source.read(2).image == jpeg(0)
     assert source.shard(2) == str(classes)
-    assert samples(open_folder(str(classes), caption=None))[2] == ("zebra/2.jpg", (), 1)
+    assert samples(open_folder(str(classes), caption=None))[2] == ("zebra/2.jpg", (), None)
     assert open_folder(str(classes), max_samples=2).num_samples == 2
 
 
@@ -54,6 +56,17 @@ def test_a_flat_folder(tmp_path, jpeg):
     for name in ("b.jpg", "a.webp", ".hidden.jpg"):
         (tmp_path / name).write_bytes(jpeg(0))
     assert samples(open_folder(str(tmp_path))) == [("a.webp", (), None), ("b.jpg", (), None)]
+
+
+def test_names_that_are_not_utf8(tmp_path, jpeg):
+    """Such a file is a bad sample, its neighbours are not."""
+    for name in (b"a.jpg", b"caf\xe9.jpg"):
+        (tmp_path / os.fsdecode(name)).write_bytes(jpeg(0))
+    source = open_folder(str(tmp_path))
+    assert source.read(0).key == "a.jpg"
+    assert source.key(1) == r"caf\xe9.jpg"
+    with pytest.raises(BadSample, match="row is not UTF-8"):
+        source.read(1)
 
 
 def test_mistakes_in_one_line(classes, tmp_path):
@@ -76,6 +89,10 @@ def test_mistakes_in_one_line(classes, tmp_path):
     ]:
         with pytest.raises(ConfigError, match=message):
             open_folder(str(folder), caption=str(caption))
+    with pytest.raises(ConfigError, match="data.label: .*zebra has no sub-folders with images"):
+        open_folder(str(classes / "zebra"), labels=True)
+    with pytest.raises(ConfigError, match="data.caption: for a folder it is one json file"):
+        open_folder(str(classes), caption=["a", "b"])
     (classes / "top.jpg").touch()
     with pytest.raises(ConfigError, match="holds images itself and in cat/"):
         open_folder(str(classes))

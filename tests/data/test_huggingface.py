@@ -8,7 +8,7 @@ import datasets
 import pytest
 
 from kd_accel.data.huggingface import open_dataset
-from kd_accel.data.shards import BadSample
+from kd_accel.data.source import BadSample
 from kd_accel.data.tables import open_table
 from kd_accel.schema import ConfigError
 

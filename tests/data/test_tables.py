@@ -12,7 +12,7 @@ import pytest
 from pyarrow import parquet
 
 from kd_accel.data import rows
-from kd_accel.data.shards import BadSample
+from kd_accel.data.source import BadSample
 from kd_accel.data.tables import open_table
 from kd_accel.schema import ConfigError
 
