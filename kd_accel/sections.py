@@ -47,18 +47,31 @@ class SourceConfig(Schema):
     folder: str | None = None
     """A folder of pictures; where they lie in sub-folders, those are the classes."""
     dataset: str | None = None
-    """A HuggingFace dataset: a directory of save_to_disk, or a name on the Hub."""
+    """A HuggingFace dataset: a directory of save_to_disk, a folder that load_dataset reads, or a name on the Hub."""
+    split: str = "train"
+    """Part of the HuggingFace dataset."""
     image: str | None = "auto"
-    """Column of a table that holds the picture or its path; auto: filepath. null: there are only captions."""
+    """Column of a table that holds the picture or its path; null: there are only captions.
+
+    auto: filepath in csv, tsv, jsonl and parquet, image in json and HuggingFace datasets."""
+    image_root: str | None = None
+    """Folder from which relative paths of a table start; null: that of the table, and COCO's own."""
     caption: str | list[str] | None = "auto"
-    """Extension of the tar member, or column of the table, that holds the caption; auto: txt in tars, title in tables.
+    """Extension of the tar member, or column of the table, that holds the caption; auto: txt in tars, caption in json
+    and HuggingFace datasets, title in other tables, the sub-folder's name in folders.
+
+    Columns of a file without header are named by number: "0". For a folder, a json file {sub-folder: text}.
 
     json:captions is the key captions of the member .json. A list in it, or a list of fields, is several captions, of
     which every epoch draws one. null: there are only pictures."""
     synthetic: str | list[str] | None = None
     """Field, written as in caption, of captions that a model wrote (MobileCLIP, arXiv 2311.17049)."""
     label: str | None = None
-    """Extension of the tar member (webdataset's cls), or column, that holds the class number; null: no labels."""
+    """Extension of the tar member (webdataset's cls), or column, that holds the class number; null: no labels.
+
+    Of a folder of pictures: auto, the number of the sub-folder among the sorted ones."""
+    max_samples: int | None = Field(None, gt=0)
+    """The first so many rows of a table, folder or HuggingFace dataset; null: all."""
 
     @model_validator(mode="after")
     def _one_kind(self):

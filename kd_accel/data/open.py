@@ -5,9 +5,13 @@ from __future__ import annotations
 import numpy as np
 
 from kd_accel.config import sources_of
+from kd_accel.data.folders import open_folder
+from kd_accel.data.huggingface import open_dataset
 from kd_accel.data.index import expand_shards
 from kd_accel.data.shards import TarSource
 from kd_accel.data.source import Source, Sources
+from kd_accel.data.tables import open_table
+from kd_accel.schema import ConfigError
 from kd_accel.sections import DataConfig, SourceConfig
 
 
@@ -17,22 +21,42 @@ def open_source(data: DataConfig, *, images: bool, captions: bool) -> tuple[Sour
     `images`, `captions`: what somebody wants to see; the rest is not read. Raises ConfigError for what cannot be had.
     """
     sections = list(sources_of(data).values())
-    opened = [_open(section, images=images, captions=captions) for section in sections]
+    opened = [open_one(section, images=images, captions=captions) for section in sections]
     if not data.sources:
         return opened[0], None
     weights = [np.full(len(source.shard_sizes), s.weight) for source, s in zip(opened, sections, strict=True)]
     return Sources(opened), np.concatenate(weights)
 
 
-def _open(section: SourceConfig, *, images: bool, captions: bool) -> Source:
+def open_one(section: SourceConfig, *, images: bool, captions: bool) -> Source:
+    """The samples of one source; arguments and errors as of open_source."""
+    if section.shards is not None:
+        return _open_tars(section, images=images, captions=captions)
+    caption = section.caption if captions else None
+    if section.folder is not None:
+        labels = section.label is not None
+        return open_folder(section.folder, caption=caption, labels=labels, max_samples=section.max_samples)
+    columns = {
+        "image": section.image if images else None,
+        "caption": caption,
+        "synthetic": section.synthetic if captions else None,
+        "label": section.label,
+        "max_samples": section.max_samples,
+    }
+    if section.table is not None:
+        return open_table(section.table, image_root=section.image_root, **columns)
+    return open_dataset(section.dataset, split=section.split, **columns)
+
+
+def _open_tars(section: SourceConfig, *, images: bool, captions: bool) -> Source:
+    if section.max_samples is not None:
+        raise ConfigError("data.max_samples: tars are read whole; name fewer of them in data.shards")
     wanted = {
         "captions": _fields(section.caption, "txt") if captions else [],
         "synthetic": _fields(section.synthetic) if captions else [],
         "label": section.label,
     }
-    if section.shards is not None:
-        return TarSource(expand_shards(section.shards), image=images, **wanted)
-    raise NotImplementedError
+    return TarSource(expand_shards(section.shards), image=images, **wanted)
 
 
 def _fields(given: str | list[str] | None, automatic: str | None = None) -> list[str]:

@@ -1,0 +1,62 @@
+"""From a config to its samples, for every kind of source."""
+
+from __future__ import annotations
+
+import datasets
+import pytest
+
+from kd_accel.data.open import open_one
+from kd_accel.schema import ConfigError, load
+from kd_accel.sections import SourceConfig
+
+
+@pytest.fixture
+def source(make_shards, tmp_path, jpeg):
+    """Kind -> the section that names two samples, the same pictures and texts in every kind."""
+    for name, i in (("caption 0", 0), ("caption 1", 1)):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        (tmp_path / "images" / name / "0.jpg").write_bytes(jpeg(i))
+    rows = [f"images/caption {i}/0.jpg\tcaption {i}" for i in range(2)]
+    (tmp_path / "pairs.tsv").write_text("\n".join(["filepath\ttitle", *rows]))
+    columns = {"image": [{"bytes": jpeg(i), "path": None} for i in range(2)], "caption": ["caption 0", "caption 1"]}
+    datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image()).save_to_disk(tmp_path / "saved")
+    return {
+        "shards": str(make_shards([1, 1])),
+        "table": str(tmp_path / "pairs.tsv"),
+        "folder": str(tmp_path / "images"),
+        "dataset": str(tmp_path / "saved"),
+    }
+
+
+@pytest.mark.parametrize("kind", SourceConfig.KINDS)
+def test_every_kind_gives_the_same_samples(source, kind, jpeg):
+    """And only what somebody wants to see."""
+    section = load(SourceConfig, **{kind: source[kind]})
+    for images, captions in ((True, True), (True, False)):
+        opened = open_one(section, images=images, captions=captions)
+        samples = [opened.read(i) for i in range(opened.num_samples)]
+        assert [s.image for s in samples] == [jpeg(0), jpeg(1)]
+        assert [s.captions for s in samples] == ([("caption 0",), ("caption 1",)] if captions else [(), ()])
+        assert [s.label for s in samples] == [None, None]
+
+
+@pytest.mark.parametrize("kind", ["shards", "table", "dataset"])
+def test_captions_alone(source, kind):
+    opened = open_one(load(SourceConfig, **{kind: source[kind]}), images=False, captions=True)
+    assert [(s.image, s.captions) for s in map(opened.read, (0, 1))] == [(None, ("caption 0",)), (None, ("caption 1",))]
+
+
+def test_options_reach_their_kind(source, tmp_path):
+    """max_samples, image_root, split, and the labels of sub-folders."""
+    assert (
+        open_one(load(SourceConfig, table=source["table"], max_samples=1), images=True, captions=True).num_samples == 1
+    )
+    folder = open_one(load(SourceConfig, folder=source["folder"], label="auto"), images=True, captions=True)
+    assert [folder.read(i).label for i in (0, 1)] == [0, 1]
+    with pytest.raises(ConfigError, match="none of the first 2 images .* the first is /nowhere/images"):
+        open_one(load(SourceConfig, table=source["table"], image_root="/nowhere"), images=True, captions=True)
+    datasets.DatasetDict({"val": datasets.load_from_disk(source["dataset"])}).save_to_disk(tmp_path / "splits")
+    split = load(SourceConfig, dataset=str(tmp_path / "splits"), split="val")
+    assert open_one(split, images=True, captions=True).num_samples == 2
+    with pytest.raises(ConfigError, match="data.max_samples: tars are read whole"):
+        open_one(load(SourceConfig, shards=source["shards"], max_samples=1), images=True, captions=True)
