@@ -209,7 +209,7 @@ def _write_sidecar(path: Path, samples: _Samples) -> None:
         "sizes": table[..., 1],
         "tar_bytes": np.int64(path.stat().st_size),
     }
-    _write_atomically(_sidecar(path), lambda file: np.savez(file, **arrays))
+    write_atomically(_sidecar(path), lambda file: np.savez(file, **arrays))
 
 
 def _write_manifest(folder: Path) -> None:
@@ -224,10 +224,10 @@ def _write_manifest(folder: Path) -> None:
     path = folder / "manifest.json"
     if not path.exists() or path.read_bytes() != text:  # a folder that is indexed may be read-only
         _require_writable(folder)
-        _write_atomically(path, lambda file: file.write(text))
+        write_atomically(path, lambda file: file.write(text))
 
 
-def _write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
+def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """`path` holds all of what `write` writes, or what it held before."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
