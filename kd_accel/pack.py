@@ -12,6 +12,7 @@ from __future__ import annotations
 import io
 import json
 import time
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -46,9 +47,8 @@ def run(config: PackConfig) -> None:
     seconds = time.perf_counter() - started
     bad = _list_bad(shards.paths, Path(config.out) / "bad_samples.jsonl")
     _, samples = build_index(shards.paths, progress=True)
-    print(
-        f"{samples:,} samples in {len(shards.paths):,} shards, {len(shards.paths) - len(absent):,} of them from before."
-    )
+    before = len(shards.paths) - len(absent)
+    print(f"{samples:,} samples in {len(shards.paths):,} shards: {len(absent):,} written now, {before:,} already were.")
     if absent:
         print(f"{packed:,} samples in {seconds:,.0f} s: {packed / seconds:,.0f} per second.")
     if bad:
@@ -108,9 +108,9 @@ class _Shards(Dataset):
                     bad.append(place | {"reason": error.reason})
                     continue
                 tar.write({"__key__": f"{sample_id:09d}", **members})
-        # before the shard has its name: a shard that is whole has its list
-        lines = "".join(f"{json.dumps(record)}\n" for record in bad)
-        write_atomically(_bad_path(self.paths[number]), lambda file: file.write(lines.encode()))
+        if bad:  # before the shard has its name: one that is whole has its list
+            lines = [json.dumps(record).encode() + b"\n" for record in bad]
+            write_atomically(_bad_path(self.paths[number]), lambda file: file.writelines(lines))
 
     def _members(self, sample: Sample) -> dict[str, bytes]:
         """{extension: content}; raises BadSample for a picture or a text that cannot be stored."""
@@ -163,12 +163,11 @@ def _claim(out: Path, config: PackConfig, num_samples: int) -> None:
         raise ConfigError(f"out={out}: cannot be written: {error.strerror}") from None
     for name, value in settings.items():
         if before is not None and before.get(name) != value:
-            raise ConfigError(
-                f"out={out}: was begun with {name}={before.get(name)}, not {value}: give the same, or another folder"
-            )
+            then, now = json.dumps(before.get(name)), json.dumps(value)
+            raise ConfigError(f"out={out}: was begun with {name}={then}, not {now}: give the same, or another folder")
 
 
-def _write_all(shards: _Shards, numbers: list[int], num_workers: int):
+def _write_all(shards: _Shards, numbers: list[int], num_workers: int) -> Iterator[int]:
     """Samples of each shard, as the shards become ready."""
     workers = min(num_workers, len(numbers))
     ready = DataLoader(
@@ -193,7 +192,8 @@ def _write_all(shards: _Shards, numbers: list[int], num_workers: int):
 
 def _list_bad(paths: list[Path], to: Path) -> int:
     """Join the shards' lists; returns how many samples they hold. Without any there is no file."""
-    lines = [line for path in paths for line in _bad_path(path).read_bytes().splitlines(keepends=True)]
+    lists = [_bad_path(path) for path in paths if _bad_path(path).exists()]
+    lines = [line for path in lists for line in path.read_bytes().splitlines(keepends=True)]
     if lines:
         write_atomically(to, lambda file: file.writelines(lines))
     return len(lines)

@@ -67,7 +67,9 @@ def test_samples_come_back(tmp_path, capsys):
     assert [(s.image, s.captions, s.label) for s in after] == [(s.image, s.captions, s.label) for s in before]
     assert [s.key for s in after] == [f"{i:09d}" for i in range(7)]
     assert json.loads((tmp_path / "out/manifest.json").read_text())["samples"] == 7
-    assert "7 samples in 3 shards, 0 of them from before." in capsys.readouterr().out
+    tars, others = [f"0000{i}.tar" for i in range(3)], [f"0000{i}.idx.npz" for i in range(3)]
+    assert sorted(files(tmp_path / "out", "*")) == sorted([*tars, *others, "manifest.json", "pack.json"])
+    assert "7 samples in 3 shards: 3 written now, 0 already were." in capsys.readouterr().out
 
 
 def test_the_bytes_depend_on_the_samples_alone(tmp_path):
@@ -158,7 +160,7 @@ def test_unusable_samples_are_listed(tmp_path, capsys):
     ]
     assert "3 unusable samples are left out" in capsys.readouterr().out
     run(tmp_path / "out", table=str(table), samples_per_shard=2)
-    assert "3 samples in 3 shards, 3 of them from before." in capsys.readouterr().out
+    assert "3 samples in 3 shards: 0 written now, 3 already were." in capsys.readouterr().out
     assert len((tmp_path / "out/bad_samples.jsonl").read_text().splitlines()) == 3
 
 
@@ -217,7 +219,8 @@ def test_a_place_that_cannot_be_written(tmp_path):
 def test_a_shard_that_cannot_be_written(tmp_path, workers):
     """One line, also out of a worker."""
     table = write_table(tmp_path / "in", 3)
-    (tmp_path / "out/.00000.bad.jsonl").mkdir(parents=True)
+    (tmp_path / "in/1.v1.jpg").unlink()
+    (tmp_path / "out/.00000.bad.jsonl").mkdir(parents=True)  # where the list of the bad one belongs
     with pytest.raises(ConfigError, match="00000.tar: .*Is a directory.*: run again") as error:
         run(tmp_path / "out", table=str(table), num_workers=workers)
     assert "\n" not in str(error.value)

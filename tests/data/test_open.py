@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import tarfile
+from itertools import islice
+
 import datasets
 import pytest
+import torch
 
+from kd_accel import pack
+from kd_accel.data.loader import TrainLoader
 from kd_accel.data.open import open_one
+from kd_accel.pack_config import PackConfig
 from kd_accel.schema import ConfigError, load
-from kd_accel.sections import SourceConfig
+from kd_accel.sections import DataConfig, SourceConfig
 
 
 @pytest.fixture
@@ -60,3 +67,27 @@ def test_options_reach_their_kind(source, tmp_path):
     assert open_one(split, images=True, captions=True).num_samples == 2
     with pytest.raises(ConfigError, match="data.max_samples: tars are read whole"):
         open_one(load(SourceConfig, shards=source["shards"], max_samples=1), images=True, captions=True)
+
+
+def test_training_sees_the_same_through_a_table_and_its_shards(tmp_path, data_root, contract):
+    """COCO's photos: ids, views and tokens of two epochs, through loader workers, before and after packing."""
+    lines = ["filepath\ttitle"]
+    with tarfile.open(data_root / "zeroshot/coco_cc_retrieval/test/0.tar") as tar:
+        members = {member.name: tar.extractfile(member).read() for member in tar}
+    for name in sorted(name for name in members if name.endswith(".jpg")):
+        (tmp_path / name).write_bytes(members[name])
+        lines.append(f"{name}\t{members[name[:-3] + 'txt'].decode().splitlines()[0]}")
+    (tmp_path / "coco.csv").write_text("\n".join(lines))
+    pack.run(load(PackConfig, table=str(tmp_path / "coco.csv"), out=str(tmp_path / "packed")))
+    kinds = {"table": str(tmp_path / "coco.csv"), "shards": str(tmp_path / "packed")}
+    loaders = [
+        TrainLoader(
+            DataConfig(**{kind: path}, batch_size=40), contracts={"student": contract()}, seed=1, rank=0, world_size=1
+        )
+        for kind, path in kinds.items()
+    ]
+    assert [loader.steps_per_epoch for loader in loaders] == [2, 2]
+    for (table,), (shards,) in zip(*(islice(loader, 4) for loader in loaders), strict=True):
+        assert torch.equal(table.ids, shards.ids)
+        assert torch.equal(table.image, shards.image)
+        assert torch.equal(table.text["student"], shards.text["student"])
