@@ -95,4 +95,5 @@ def _ask(key: str, name: str | Path, load) -> Any:
     try:
         return load()
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise ConfigError(f"{key}: {name}: {' '.join(str(error).split())}") from None
+        said = " ".join(str(error.__cause__ or error).split())
+        raise ConfigError(f"{key}: {name}: {said}") from None

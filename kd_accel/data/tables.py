@@ -15,6 +15,7 @@ A value is never taken for null: the caption "NA" is two letters. Bytes that are
 
 from __future__ import annotations
 
+import codecs
 import json
 from collections.abc import Callable
 from itertools import islice
@@ -100,7 +101,7 @@ def _ask(file: Path, read: Callable[[Path, Fields], Any], fields: Fields) -> Any
         return read(file, fields)
     except ConfigError:
         raise
-    except (OSError, ValueError, LookupError) as error:  # Arrow's errors are among them
+    except (OSError, ValueError, pa.ArrowException) as error:
         raise ConfigError(f"data.table: {file} cannot be read: {str(error).splitlines()[0]}") from None
 
 
@@ -141,8 +142,10 @@ def _width(first: bytes, parsing: csv.ParseOptions) -> int:
 
 def _read_jsonl(file: Path, fields: Fields) -> pa.Table:
     """Only the wanted keys, typed by the first lines: others may hold whatever they like."""
-    with file.open(encoding="utf-8", errors="replace") as lines:
+    with file.open(encoding="utf-8-sig", errors="replace") as lines:
         first = [json.loads(line) for line in islice((line for line in lines if line.strip()), NUM_TYPED)]
+    if not all(isinstance(row, dict) for row in first):
+        raise ConfigError(f"data.table: {file} holds lines that are no objects; a list of objects is .json")
     wanted = top_columns(fields, dict.fromkeys(key for row in first for key in row), file)
     schema = pa.Table.from_pylist([{name: row.get(name) for name in wanted} for row in first]).schema
     return arrow_json.read_json(
@@ -165,6 +168,7 @@ def _holds_images(file: Path, fields: Fields) -> bool:
 def _read_lines(file: Path, fields: Fields) -> pa.Table:
     """The file's own bytes, cut after each line end, which is stripped like every white space around a caption."""
     data = np.fromfile(file, np.uint8)
+    data = data[3:] if data[:3].tobytes() == codecs.BOM_UTF8 else data
     cuts = np.unique(np.concatenate([[0], np.flatnonzero(data == ord("\n")) + 1, [len(data)]])).astype(np.int64)
     lines = pa.LargeStringArray.from_buffers(len(cuts) - 1, pa.py_buffer(cuts), pa.py_buffer(data))
     return pa.table({"text": lines.filter(pc.not_equal(pc.ascii_trim_whitespace(lines), ""))})

@@ -85,7 +85,10 @@ def test_parquet_with_images_inside_as_a_table(dataset, tmp_path, jpeg):
 
 def test_mistakes_in_one_line(dataset, tmp_path):
     dataset.save_to_disk(tmp_path / "saved")
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd/x.jsonl").write_text('{"caption": 1}\n{"caption": ')
     for name, options, message in [
+        (tmp_path / "odd", {}, "data.dataset: .*odd: .*JSON parse error"),
         (tmp_path / "none", {}, "data.dataset: .*none"),
         (tmp_path / "saved", {"caption": "captions"}, "data.caption: .* 'captions'; did you mean 'caption'"),
         (tmp_path / "saved", {"caption": "other"}, "data.caption: .* holds int64, expected text or lists of text"),

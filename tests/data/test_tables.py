@@ -120,6 +120,14 @@ def test_lines_of_text(tmp_path, text):
     assert source.read(0).image is None
 
 
+@pytest.mark.parametrize("name", ["x.tsv", "x.csv", "x.jsonl", "x.txt"])
+def test_a_mark_of_the_byte_order_is_no_text(tmp_path, name):
+    """Windows writes one at the start of a file; line ends may be Windows' too."""
+    text = {"x.tsv": "title\r\na\r\nb\r\n", "x.jsonl": '{"title": "a"}\r\n{"title": "b"}\r\n', "x.txt": "a\r\nb\r\n"}
+    (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + text.get(name, text["x.tsv"]).encode())
+    assert captions(open_table(str(tmp_path / name), **({} if name == "x.txt" else {"image": None}))) == ["a", "b"]
+
+
 def test_images_without_captions(photos, jpeg):
     (photos / "images.csv").write_text("path\n0.jpg\n1.jpg\n")
     sample = open_table(str(photos / "images.csv"), image="path", caption=None).read(1)
@@ -210,6 +218,13 @@ def test_a_file_that_may_not_be_read(photos):
             "data.caption: .* holds int64, expected text or lists of text",
         ),
         ("x.jsonl", '{"filepath": "a", "title": null}\n', {}, "data.caption: .* holds null, expected text"),
+        (
+            "x.jsonl",
+            '[{"filepath": "a"}]\n',
+            {},
+            "data.table: .* lines that are no objects; a list of objects is .json",
+        ),
+        ("x.jsonl", '{"title": "a"}\n{"title": ["b"]}\n', {"image": None}, "data.table: .*x.jsonl cannot be read"),
         ("x.parquet", "no parquet", {}, "data.table: .*x.parquet cannot be read"),
         ("x.xlsx", "", {}, "data.table: .*unknown extension '.xlsx'; one of .csv, .tsv, .jsonl, .parquet, .json, .txt"),
         ("x.tsv", "filepath\ttitle\nno.jpg\tb\n", {}, "data.table: none of the first 1 images of .*no.jpg.*image_root"),
