@@ -10,27 +10,10 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from kd_accel.augment import AugmentConfig
 from kd_accel.schedules import Scheduled
 from kd_accel.schema import Schema
 from kd_accel.terms import AnyTerm
-
-
-class AugmentConfig(Schema):
-    """Training augmentation; every draw is a pure function of (seed, epoch, sample id)."""
-
-    scale: tuple[float, float] = (0.9, 1.0)
-    """Area of the random crop, as a share of the image (open_clip's default)."""
-    ratio: tuple[float, float] = (0.75, 4 / 3)
-    """Aspect ratio of the random crop, width / height."""
-    flip: float = Field(0.0, ge=0, le=1)
-    """Probability of a horizontal flip; captions with left and right do not survive one."""
-
-    @field_validator("scale", "ratio")
-    @classmethod
-    def _ordered(cls, value):
-        if not 0 < value[0] <= value[1]:
-            raise ValueError("expected two positive numbers, the smaller first")
-        return value
 
 
 class SourceConfig(Schema):

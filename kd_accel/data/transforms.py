@@ -5,45 +5,46 @@ from __future__ import annotations
 import io
 import math
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 
 import numpy as np
 import torch
 from open_clip.transform import image_transform
 from PIL import Image, UnidentifiedImageError
+from PIL.JpegImagePlugin import JpegImageFile
 from torch import Tensor
 from torchvision.transforms import Compose
 
-from kd_accel.data.shards import BadSample
-from kd_accel.sections import AugmentConfig
+from kd_accel.augment import AugmentConfig
+from kd_accel.data.augment import augmented
+from kd_accel.data.source import BadSample
 from kd_accel.types import ImageInput
 
 # what is found behind the names .jpg, .png and .webp; PIL would also hand EPS to Ghostscript
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+MAX_SIDE = 100_000  # pixels; beside PIL's own bound on their product
+
+Box = tuple[float, float, float, float]  # left, upper, right, lower, in pixels
 
 
 def decode(data: bytes) -> Image.Image:
     """The image as RGB (alpha dropped, palettes looked up, as by open_clip); BadSample if PIL cannot decode it."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about EXIF and palette metadata, which nobody reads here
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            return Image.open(io.BytesIO(data), formats=FORMATS).convert("RGB")
-    except UnidentifiedImageError:  # its message holds an address, and reasons are the same in every process
-        raise BadSample(f"image cannot be decoded: none of {', '.join(FORMATS)}") from None
-    except Exception as error:  # broken bytes raise OSError, SyntaxError, ValueError, struct.error and others
-        raise BadSample(f"image cannot be decoded: {type(error).__name__}: {error}") from error
+    return _rgb(_opened(data))
 
 
 def train_view(
-    image: Image.Image, size: tuple[int, int], augment: AugmentConfig, rng: np.random.Generator
+    data: bytes, size: tuple[int, int], augment: AugmentConfig, rng: np.random.Generator
 ) -> Tensor:  # [3, H, W] uint8
-    """A random crop of `image`, resized (bicubic) to `size` (height, width), perhaps flipped; draws from `rng` only."""
-    box = random_box(image.size, augment, rng)
-    view = image.resize((size[1], size[0]), Image.Resampling.BICUBIC, box=box)
-    if rng.random() < augment.flip:
-        view = view.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    return _pixels(view)
+    """A crop of the encoded image, resized (bicubic) to `size` (height, width) and augmented; draws from `rng` only.
+
+    The crop is drawn from the size in the header, so that no more is decoded than it takes. Raises BadSample.
+    """
+    image = _opened(data)
+    box = _reduce(image, crop_box(image.size, size, augment, rng), size)
+    view = _rgb(image).resize((size[1], size[0]), Image.Resampling.BICUBIC, box=box)
+    return _pixels(augmented(view, augment, rng))
 
 
 def eval_view(image: Image.Image, wanted: ImageInput) -> Tensor:  # [3, h, w] uint8
@@ -51,9 +52,19 @@ def eval_view(image: Image.Image, wanted: ImageInput) -> Tensor:  # [3, h, w] ui
     return _pixels(_resize(wanted.size, wanted.resize_mode, wanted.interpolation)(image))
 
 
-def random_box(
-    size: tuple[int, int], augment: AugmentConfig, rng: np.random.Generator
-) -> tuple[int, int, int, int]:  # left, upper, right, lower
+def crop_box(
+    image_size: tuple[int, int], view_size: tuple[int, int], augment: AugmentConfig, rng: np.random.Generator
+) -> Box:
+    """What of an image of `image_size` (width, height) a view of `view_size` (height, width) shows."""
+    if augment.crop == "random":
+        return random_box(image_size, augment, rng)
+    (width, height), (h, w) = image_size, view_size
+    scale = min(width / w, height / h)
+    left, upper = (width - scale * w) / 2, (height - scale * h) / 2
+    return left, upper, left + scale * w, upper + scale * h
+
+
+def random_box(size: tuple[int, int], augment: AugmentConfig, rng: np.random.Generator) -> tuple[int, int, int, int]:
     """The crop of torchvision's RandomResizedCrop, of an image of `size` (width, height): ten tries, else centred."""
     width, height = size
     for _ in range(10):
@@ -68,6 +79,51 @@ def random_box(
     w, h = max(min(width, round(height * ratio)), 1), max(min(height, round(width / ratio)), 1)
     left, upper = (width - w) // 2, (height - h) // 2
     return left, upper, left + w, upper + h
+
+
+@contextmanager
+def _bad_samples() -> Iterator[None]:
+    """What PIL says of broken bytes, as BadSample; of metadata that nobody reads here it says nothing."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            yield
+    except BadSample:
+        raise
+    except UnidentifiedImageError:  # its message holds an address, and reasons are the same in every process
+        raise BadSample(f"image cannot be decoded: none of {', '.join(FORMATS)}") from None
+    except Exception as error:  # broken bytes raise OSError, SyntaxError, ValueError, struct.error and others
+        raise BadSample(f"image cannot be decoded: {type(error).__name__}: {error}") from error
+
+
+@_bad_samples()
+def _opened(data: bytes) -> Image.Image:
+    """The image by its header, nothing decoded yet."""
+    image = Image.open(io.BytesIO(data), formats=FORMATS)
+    if max(image.size) > MAX_SIDE:
+        raise BadSample(f"image has {image.width:,} x {image.height:,} pixels, a side may have {MAX_SIDE:,}")
+    return image
+
+
+@_bad_samples()
+def _rgb(image: Image.Image) -> Image.Image:
+    """The decoded pixels; without the copy that convert makes of what is RGB already."""
+    image.load()
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _reduce(image: Image.Image, box: Box, size: tuple[int, int]) -> Box:
+    """Let a JPEG be decoded at 1/2, 1/4 or 1/8 where `box` still covers `size` (height, width); where `box` then lies.
+
+    The frequencies that are left out are those that the resize drops anyhow.
+    """
+    factor = min((box[2] - box[0]) / size[1], (box[3] - box[1]) / size[0])
+    scale = next((s for s in (8, 4, 2) if s <= factor), 1)
+    if scale == 1 or not isinstance(image, JpegImageFile):
+        return box
+    image.draft(None, (image.width // scale, image.height // scale))
+    return tuple(edge / scale for edge in box)
 
 
 @lru_cache

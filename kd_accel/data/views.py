@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
+from kd_accel.augment import AugmentConfig
 from kd_accel.data.source import Sample
-from kd_accel.data.transforms import decode, train_view
+from kd_accel.data.transforms import train_view
 from kd_accel.schema import ConfigError
-from kd_accel.sections import AugmentConfig
 from kd_accel.types import InputContract
 
 
@@ -31,7 +31,7 @@ class Views:
         """The view of `sample` in `epoch`; raises BadSample."""
         view = epoch if self.count is None else epoch % self.count
         rng = np.random.default_rng([self.seed, view, sample.id])
-        return train_view(decode(sample.image), self.size, self.augment, rng)
+        return train_view(sample.image, self.size, self.augment, rng)
 
 
 def largest(contracts: Iterable[InputContract]) -> tuple[int, int] | None:

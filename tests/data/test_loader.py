@@ -108,6 +108,19 @@ def test_resume_is_exact(make_shards, make_loader, workers, done):
     assert_same(take(after, 12 - done), whole[done:])
 
 
+def test_augmentation_is_the_same_for_any_number_of_workers(make_shards, make_loader):
+    """Every change switched on: pixels are a function of (seed, epoch, sample id), whoever makes them."""
+    folder = make_shards(SIZES)
+    jitter = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.1, "probability": 0.8}
+    more = {"rotation": 10, "rand_augment": {"num_ops": 2}, "color_jitter": jitter, "grayscale": 0.2}
+    augment = {"scale": (0.3, 1), "flip": 0.5, "vertical_flip": 0.5, **more}
+    runs = [take(make_loader(folder, num_workers=workers, augment=augment), 7) for workers in (0, 1, 2)]
+    assert_same(runs[1], runs[0])
+    assert_same(runs[2], runs[0])
+    plain = take(make_loader(folder), 7)
+    assert all(not torch.equal(a.image, b.image) for a, b in zip(runs[0], plain, strict=True))
+
+
 def test_the_state_counts_what_was_yielded(make_shards, make_loader):
     """Not what the workers have prefetched; a new iterator of the same loader goes on after the last batch as well."""
     folder = make_shards(SIZES)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import random
 import struct
+import tarfile
 import zlib
 
 import numpy as np
@@ -12,11 +13,12 @@ import pytest
 import torch
 from open_clip import image_transform
 from PIL import Image
-from torchvision.transforms import RandomResizedCrop
+from PIL.JpegImagePlugin import JpegImageFile
+from torchvision.transforms import CenterCrop, Compose, InterpolationMode, PILToTensor, RandomResizedCrop, Resize
 
+from kd_accel.augment import AugmentConfig
 from kd_accel.data.shards import BadSample
-from kd_accel.data.transforms import decode, eval_view, random_box, train_view
-from kd_accel.sections import AugmentConfig
+from kd_accel.data.transforms import crop_box, decode, eval_view, random_box, train_view
 
 WHOLE = AugmentConfig(scale=(1, 1), ratio=(1, 1))  # of a square image
 
@@ -82,6 +84,15 @@ def test_decompression_bombs_are_bad(factor):
         decode(data)
 
 
+def test_a_side_has_a_bound():
+    """100,001 x 1 pixels are few enough for PIL."""
+    data = encoded(Image.new("RGB", (100_001, 1)))
+    for read in (decode, lambda data: train_view(data, (8, 8), AugmentConfig(), np.random.default_rng(0))):
+        with pytest.raises(BadSample, match="^image has 100,001 x 1 pixels, a side may have 100,000$"):
+            read(data)
+    assert decode(encoded(Image.new("RGB", (100_000, 1)))).size == (100_000, 1)
+
+
 def test_formats_that_start_other_programs_are_bad():
     """EPS under the name .jpg would reach Ghostscript. The reason names no address: it is alike in every process."""
     with pytest.raises(BadSample, match="^image cannot be decoded: none of JPEG, PNG, WEBP, GIF, BMP$"):
@@ -107,10 +118,10 @@ def test_the_evaluation_view_is_open_clips(contract, resize_mode, interpolation,
 
 def test_a_train_view_is_a_function_of_its_generator():
     """The same seed gives the same view, another one another; the global generators are neither used nor moved."""
-    image, augment = picture(40, 30), AugmentConfig(scale=(0.3, 1), flip=0.5)
-    views = [train_view(image, (12, 10), augment, np.random.default_rng([0, 0, i])) for i in range(4)]
+    data, augment = encoded(picture(40, 30)), AugmentConfig(scale=(0.3, 1), flip=0.5)
+    views = [train_view(data, (12, 10), augment, np.random.default_rng([0, 0, i])) for i in range(4)]
     before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
-    again = [train_view(image, (12, 10), augment, np.random.default_rng([0, 0, i])) for i in range(4)]
+    again = [train_view(data, (12, 10), augment, np.random.default_rng([0, 0, i])) for i in range(4)]
     assert torch.equal(before[0], torch.get_rng_state())
     assert before[1:] == (random.getstate(), np.random.get_state()[1].tolist())
     assert all(torch.equal(a, b) for a, b in zip(views, again, strict=True))
@@ -122,9 +133,42 @@ def test_a_whole_crop_is_the_resized_image():
     """Rows stay rows and channels stay channels: scale 1 is PIL's bicubic resize, flip 1 its mirror image."""
     image, rng = picture(30, 30), np.random.default_rng(0)
     resized = torch.from_numpy(np.array(image.resize((10, 12), Image.Resampling.BICUBIC))).permute(2, 0, 1)
-    assert torch.equal(train_view(image, (12, 10), WHOLE, rng), resized)
+    assert torch.equal(train_view(encoded(image), (12, 10), WHOLE, rng), resized)
     flip = WHOLE.model_copy(update={"flip": 1.0})
-    torch.testing.assert_close(train_view(image, (12, 10), flip, rng), resized.flip(2), rtol=0, atol=0)
+    torch.testing.assert_close(train_view(encoded(image), (12, 10), flip, rng), resized.flip(2), rtol=0, atol=0)
+
+
+def test_the_box_is_drawn_first_and_the_flip_second():
+    """The order of draws is part of a run: a resumed one must see what it would have seen, whatever is added later."""
+    image, augment = picture(40, 30), AugmentConfig(flip=0.5)
+    for seed in range(20):
+        view = train_view(encoded(image), (12, 10), augment, np.random.default_rng([seed, 1, 2]))
+        rng = np.random.default_rng([seed, 1, 2])
+        cut = image.resize((10, 12), Image.Resampling.BICUBIC, box=random_box(image.size, augment, rng))
+        if rng.random() < 0.5:
+            cut = cut.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        assert torch.equal(view, torch.from_numpy(np.array(cut)).permute(2, 0, 1))
+
+
+@pytest.mark.parametrize("size", [(31, 20), (20, 31), (24, 16)])
+def test_a_centre_crop_is_torchvisions(size):
+    """Resize to the shorter side and CenterCrop, but for where those round to whole pixels; nothing is drawn."""
+    smooth = picture(5, 5).resize(size, Image.Resampling.BICUBIC)
+    view = train_view(encoded(smooth), (12, 12), AugmentConfig(crop="center"), np.random.default_rng(0))
+    theirs = Compose([Resize(12, InterpolationMode.BICUBIC), CenterCrop(12), PILToTensor()])(smooth)
+    # a long side of up to 19 pixels may be rounded, and the cut with it, by half a pixel each: of a picture whose
+    # neighbours differ by `step` on the mean, that moves a value by no more than it
+    step = theirs.double().diff(dim=1).abs().mean() + theirs.double().diff(dim=2).abs().mean()
+    assert (view.double() - theirs.double()).abs().mean() < step
+    left, upper, right, lower = crop_box(size, (12, 12), AugmentConfig(crop="center"), np.random.default_rng(0))
+    assert (right - left, lower - upper) == (min(size), min(size))
+    assert (left + right, upper + lower) == size
+
+
+def test_a_centre_crop_has_the_views_shape():
+    """Of a view twice as wide as high: the widest such box."""
+    assert crop_box((100, 80), (10, 20), AugmentConfig(crop="center"), np.random.default_rng(0)) == (0, 15, 100, 65)
+    assert crop_box((300, 80), (10, 20), AugmentConfig(crop="center"), np.random.default_rng(0)) == (70, 0, 230, 80)
 
 
 def test_boxes_have_the_asked_area_and_ratio():
@@ -165,4 +209,83 @@ def test_elongated_images_fall_back_to_torchvisions_centre(size):
 def test_tiny_images_have_a_view(size):
     """At least one pixel is left of any image."""
     augment = AugmentConfig(scale=(0.05, 0.1), ratio=(2, 3))
-    assert train_view(picture(*size), (8, 8), augment, np.random.default_rng(0)).shape == (3, 8, 8)
+    assert train_view(encoded(picture(*size)), (8, 8), augment, np.random.default_rng(0)).shape == (3, 8, 8)
+
+
+def counted_decodes(monkeypatch):
+    """The sizes at which JPEGs are decoded from now on."""
+    sizes, prepare = [], JpegImageFile.load_prepare  # called where there is something left to decode
+    monkeypatch.setattr(JpegImageFile, "load_prepare", lambda self: sizes.append(self.size) or prepare(self))
+    return sizes
+
+
+@pytest.mark.parametrize(
+    ("image", "view", "decoded"),
+    [
+        ((72, 72), (64, 64), (72, 72)),  # half of it would be less than the view
+        ((127, 127), (64, 64), (127, 127)),
+        ((128, 128), (64, 64), (64, 64)),
+        ((500, 375), (64, 48), (125, 94)),  # 500 / 64 and 375 / 48 are more than 4, less than 8
+        ((500, 375), (48, 64), (125, 94)),
+        ((1001, 1001), (100, 100), (126, 126)),
+        ((4000, 4000), (100, 100), (500, 500)),  # the decoder knows no more than 1/8
+    ],
+)
+def test_a_jpeg_is_decoded_no_larger_than_needed(image, view, decoded, monkeypatch):
+    """Of a whole crop, at 1/2, 1/4, 1/8; never smaller than the view."""
+    data = encoded(picture(*image), "JPEG")
+    sizes = counted_decodes(monkeypatch)
+    whole = AugmentConfig(scale=(1, 1), ratio=(image[0] / image[1],) * 2)
+    assert train_view(data, view, whole, np.random.default_rng(0)).shape == (3, *view)
+    assert sizes == [decoded]
+
+
+def test_a_small_crop_of_a_large_jpeg_is_decoded_whole(monkeypatch):
+    """It is the box that has to cover the view, not the image; other formats and the evaluation have no choice."""
+    photo = picture(400, 400)
+    data, sizes = encoded(photo, "JPEG"), counted_decodes(monkeypatch)
+    train_view(data, (64, 64), AugmentConfig(scale=(0.09, 0.1), ratio=(1, 1)), np.random.default_rng(0))
+    assert sizes == [(400, 400)]
+    assert decode(data).size == (400, 400)
+    train_view(encoded(photo), (64, 64), AugmentConfig(), np.random.default_rng(0))
+    assert sizes == [(400, 400)] * 2
+
+
+def photos(root):
+    """Every photograph of one real set, encoded."""
+    (tar,) = sorted((root / "zeroshot/coco_cc_retrieval/test").glob("*.tar"))
+    with tarfile.open(tar) as file:
+        return [file.extractfile(member).read() for member in file if member.name.endswith(".jpg")]
+
+
+def test_reduced_photos_look_the_same(data_root, monkeypatch):
+    """What decoding at half size changes in a view of a real photograph is small beside a neighbouring pixel.
+
+    Mean absolute differences in 0..255; the bounds leave half again as much as was measured (1.6, worst photo 3.4).
+    """
+    data, augment = photos(data_root), AugmentConfig()
+    sizes = counted_decodes(monkeypatch)
+
+    def views():
+        made = (train_view(photo, (64, 64), augment, np.random.default_rng(i)) for i, photo in enumerate(data))
+        return [view.double() for view in made]
+
+    reduced = views()
+    monkeypatch.setattr("kd_accel.data.transforms._reduce", lambda image, box, size: box)
+    whole = views()
+    assert sum(2 * small[0] <= full[0] + 1 for small, full in zip(sizes, sizes[len(data) :], strict=False)) == len(data)
+    difference = torch.stack([(a - b).abs().mean() for a, b in zip(reduced, whole, strict=True)])
+    neighbours = torch.stack([view.diff(dim=2).abs().mean() for view in whole])
+    assert difference.mean() < 2.4
+    assert difference.max() < 5.1
+    assert (difference < neighbours / 3).all()
+
+
+def test_real_pairs_of_72_pixels_are_untouched(data_root, monkeypatch):
+    """At 64 pixels the real pairs are decoded whole, so runs on them see what they saw before."""
+    with tarfile.open(data_root / "pairs/val/000000.tar") as file:
+        data = [file.extractfile(member).read() for member in file if member.name.endswith(".jpg")]
+    sizes = counted_decodes(monkeypatch)
+    for i, jpeg in enumerate(data):
+        train_view(jpeg, (64, 64), AugmentConfig(), np.random.default_rng(i))
+    assert sizes == [Image.open(io.BytesIO(jpeg)).size for jpeg in data]
