@@ -43,7 +43,7 @@ from kd_accel.models.towers import to_model_input
 from kd_accel.schema import validate
 from kd_accel.types import ImageInput, InputContract, TextInput
 
-BATCH, CONTEXT, SHARDS, PICTURES = 64, 77, 4, 100
+BATCH, CONTEXT, SHARDS, PICTURES, SKIPPED = 64, 77, 4, 100, 3
 SCALE = (0.9, 1.0)
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 CASES = {"pairs": (64, 224), "500 x 375": (224,), "667 x 500": (224,)}  # data -> sizes of the view
@@ -121,15 +121,16 @@ def their_batches(folder: Path, size: int, samples: int) -> Iterator[int]:
 
 
 def measure(batches: Iterator[int]) -> dict[str, float]:
-    """Samples per second of the wall, of all processors, and of the worker's."""
-    main = psutil.Process()
-    before, began = sum(main.cpu_times()[:2]), time.perf_counter()
-    rows, worker = 0, 0.0
-    for count in batches:
-        rows += count
-        worker = max(worker, sum(sum(child.cpu_times()[:2]) for child in main.children()))
-    wall, own = time.perf_counter() - began, sum(main.cpu_times()[:2]) - before
-    return {"core": rows / (own + worker), "worker": rows / worker, "wall": rows / wall}
+    """Samples per second of all processors, of the worker's, and of the wall; without the start and the last batches,
+    when one worker has read ahead and the other has come to an end."""
+    marks = []
+    for rows in batches:
+        main = psutil.Process()
+        worker = sum(sum(child.cpu_times()[:2]) for child in main.children())
+        marks.append((sum(main.cpu_times()[:2]) + worker, worker, time.perf_counter()))
+    first, last = marks[SKIPPED], marks[-1 - SKIPPED]
+    rows *= len(marks) - 1 - 2 * SKIPPED
+    return {key: rows / (b - a) for key, a, b in zip(("core", "worker", "wall"), first, last, strict=True)}
 
 
 def main() -> None:

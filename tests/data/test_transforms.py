@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import random
 import struct
 import tarfile
@@ -185,6 +186,19 @@ def test_boxes_have_the_asked_area_and_ratio():
     assert (ratio.min() > 0.5 * (1 - rounding)) & (ratio.max() < 2 * (1 + rounding))
     assert (area.max() - area.min() > 0.35) & (ratio.max() - ratio.min() > 1.2)
     assert np.unique(boxes[:, 0]).size > 50
+
+
+def test_boxes_are_those_of_uniform_draws():
+    """Two numbers for the shape, two for the place, bit for bit those of Generator.uniform and Generator.integers."""
+    augment = AugmentConfig(scale=(0.1, 0.4))
+    for seed in range(200):
+        rng = np.random.default_rng([seed, 3, 4])
+        area = 300 * 200 * rng.uniform(0.1, 0.4)
+        ratio = math.exp(rng.uniform(math.log(0.75), math.log(4 / 3)))
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        left, upper = rng.integers(300 - w + 1), rng.integers(200 - h + 1)
+        box = random_box((300, 200), augment, np.random.default_rng([seed, 3, 4]))
+        assert box == (left, upper, left + w, upper + h)
 
 
 def test_the_distribution_of_boxes_is_torchvisions():
