@@ -15,16 +15,16 @@ PACKAGE = Path(__file__).resolve().parent.parent / "kd_accel"
 # From the bottom up. A string is a group whose files may import each other; groups of one layer never do.
 # A folder stands for its files, unless one of them is named by itself.
 LAYERS = (
-    ("__init__ types schema schedules terms augment sections config help",),
+    ("__init__ types schema schedules terms augment sections config filter_config help",),
     ("distributed", "losses", "random_state signals logs"),
     ("memory", "models", "data", "blame", "replay"),
     ("objective own_optimizer chunks temperature bindings recall fit",),
     ("launch engine masters optim lamb metrics checkpoint memory_files saver bad_samples assembly episodes evals",),
-    ("train", "evals.suite", "report pictures runs"),
+    ("train", "evals.suite", "report pictures runs", "filter prompts scoring selection knn"),
     ("demo",),  # runs the other verbs
     ("cli __main__",),
 )
-WITHOUT_TORCH = "__init__ __main__ types schema schedules terms augment sections config help cli".split()
+WITHOUT_TORCH = "__init__ __main__ types schema schedules terms augment sections config filter_config help cli".split()
 MAY_TALK = "distributed"  # the one module that may use torch.distributed
 
 

@@ -4,9 +4,9 @@
     python tests/benchmarks/bench_data.py --pairs /data/pairs/train --out data.json
 
 One epoch with one worker of one thread. `500 x 375` and `667 x 500` are JPEGs with the spectrum of photographs;
-`--pairs` is a folder of small image-caption tars. open_clip's side is its trainer's own webdataset pipeline, its training
-transform (random resized crop, bicubic) and its tokenizer. Both end at normalised float pixels: open_clip's worker
-makes them; ours sends uint8, and what the models do to them on their device is done here, in the main process.
+`--pairs` is a folder of small image-caption tars. open_clip's side is its trainer's own webdataset pipeline, its
+training transform (random resized crop, bicubic) and its tokenizer. Both end at normalised float pixels: open_clip's
+worker makes them; ours sends uint8, and what the models do to them on their device is done here, in the main process.
 
 `core`: samples per processor second of main process and worker together, which other programs on the machine hardly
 change. `worker`: of the worker alone, which is what feeds a GPU. `wall`: samples per second. Best of `--repeats`.
@@ -93,8 +93,8 @@ def pack(pairs: Iterable[tuple[bytes, str]], folder: Path) -> Path:
     return folder
 
 
-def our_batches(folder: Path, size: int, samples: int) -> Iterator[int]:
-    """Rows of each batch of an epoch, pixels normalised on the device as the models do."""
+def our_batches(folder: Path, size: int, samples: int) -> Iterator[None]:
+    """Each batch of an epoch, pixels normalised on the device as the models do."""
     wanted = ImageInput((size, size), MEAN, STD, "bicubic", "shortest")
     text = TextInput(CONTEXT, "clip_bpe", SimpleTokenizer(context_length=CONTEXT), pad=0)
     values = {"shards": str(folder), "batch_size": BATCH, "num_workers": 1, "augment": {"scale": SCALE}}
@@ -103,10 +103,11 @@ def our_batches(folder: Path, size: int, samples: int) -> Iterator[int]:
     with closing(iter(loader)) as steps:
         for (batch,) in islice(steps, samples // BATCH):
             assert batch.text["student"].shape == (BATCH, CONTEXT)
-            yield len(to_model_input(batch.image, wanted, torch.float32))
+            to_model_input(batch.image, wanted, torch.float32)
+            yield
 
 
-def their_batches(folder: Path, size: int, samples: int) -> Iterator[int]:
+def their_batches(folder: Path, size: int, samples: int) -> Iterator[None]:
     """The same of open_clip's trainer."""
     options = {"dataset_resampled": False, "train_data_upsampling_factors": None, "seed": 0, "batch_size": BATCH}
     options |= {"train_data": f"{folder}/{{0000..{SHARDS - 1:04d}}}.tar", "train_num_samples": samples}
@@ -117,19 +118,19 @@ def their_batches(folder: Path, size: int, samples: int) -> Iterator[int]:
     for image, text in data.dataloader:
         assert image.shape == (BATCH, 3, size, size)
         assert text.shape == (BATCH, CONTEXT)
-        yield len(image)
+        yield
 
 
-def measure(batches: Iterator[int]) -> dict[str, float]:
+def measure(batches: Iterator[None]) -> dict[str, float]:
     """Samples per second of all processors, of the worker's, and of the wall; without the start and the last batches,
     when one worker has read ahead and the other has come to an end."""
     marks = []
-    for rows in batches:
+    for _ in batches:
         main = psutil.Process()
         worker = sum(sum(child.cpu_times()[:2]) for child in main.children())
         marks.append((sum(main.cpu_times()[:2]) + worker, worker, time.perf_counter()))
     first, last = marks[SKIPPED], marks[-1 - SKIPPED]
-    rows *= len(marks) - 1 - 2 * SKIPPED
+    rows = BATCH * (len(marks) - 1 - 2 * SKIPPED)
     return {key: rows / (b - a) for key, a, b in zip(("core", "worker", "wall"), first, last, strict=True)}
 
 

@@ -1,0 +1,258 @@
+"""kd-accel filter: score the images of a source by the prompt they fit best, and keep the best ones.
+
+    kd-accel filter classes.txt data.shards=datasets/raw teacher.path=runs/teacher out=filtered top_k=50
+
+    OUT/parts/NAME.npz    what was found in one shard; a rerun goes on with the shards that have none
+    OUT/scores.parquet    key, shard, index, best_prompt, score: a row for every image, score nan for unreadable ones
+    OUT/selected.txt      keys of what is kept, in the order of the data
+    OUT/errors.jsonl      unreadable images, with the reason
+    OUT/shards/           tars of what is kept, with write_shards=true
+
+n images of a shard, d embedding width.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from kd_accel.config import DataConfig, TeacherConfig
+from kd_accel.data.embeddings import EmbeddingStore, shard_names
+from kd_accel.data.open import open_source
+from kd_accel.data.source import BadSample, Source
+from kd_accel.data.transforms import decode, eval_view
+from kd_accel.filter_config import FilterConfig
+from kd_accel.models.teacher import Teacher
+from kd_accel.models.towers import encode_image
+from kd_accel.prompts import prompt_embeddings, prompt_texts, sha256, stored_prompts
+from kd_accel.schema import ConfigError
+from kd_accel.scoring import TopK, score_shard
+from kd_accel.selection import Scored, select, write_tars
+from kd_accel.types import ImageInput
+
+SETTINGS = "settings.json"
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+Shard = tuple[Tensor, dict[int, str]]  # features [n, d], and for each row without a usable image the reason
+
+
+def run(config: FilterConfig) -> None:
+    """Score, select, write, and say what it came to. Raises ConfigError for what cannot be had."""
+    out = Path(config.out)
+    out.mkdir(parents=True, exist_ok=True)
+    if config.service is not None:
+        from kd_accel.knn import search  # the one part that needs a network library
+
+        search(config.service, prompt_texts(config.prompts), out)
+        return
+    parts = _score(config, out)
+    scored = Scored.read(parts, config.top_k)
+    kept, steps = select(scored, config)
+    _write(out, scored, kept)
+    print(f"{len(scored.score):,} images, {int(np.isnan(scored.score).sum()):,} of them unreadable")
+    print("\n".join(f"{step}: {left:,} left" for step, left in steps))
+    if config.write_shards:
+        write_tars(scored, kept, config.data.shards, out / "shards")
+    print(f"{len(kept):,} selected: {out / 'selected.txt'}")
+
+
+@dataclass(frozen=True)
+class _Images(Dataset):
+    """Batches of decoded images: (views [b, 3, H, W] uint8, {row of the batch: why it could not be read})."""
+
+    source: Source
+    batches: list[range]  # ids
+    wanted: ImageInput
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, number: int) -> tuple[Tensor, dict[int, str]]:
+        bad: dict[int, str] = {}
+        views = torch.zeros(len(self.batches[number]), 3, *self.wanted.size, dtype=torch.uint8)
+        for row, sample_id in enumerate(self.batches[number]):
+            try:
+                views[row] = eval_view(decode(self.source.read(sample_id).image), self.wanted)
+            except BadSample as error:
+                bad[row] = error.reason
+        return views, bad
+
+
+def _score(config: FilterConfig, out: Path) -> list[Path]:
+    """The part of every shard, made now or before."""
+    source, _ = open_source(
+        DataConfig(**config.data.model_dump(), batch_size=config.batch_size), images=True, captions=False
+    )
+    store = None if config.store is None else EmbeddingStore(config.store, key="store", towers={"image"})
+    if store is not None:
+        store.attach(source, [])
+    section = _teacher_section(config, store)
+    names = [Path(name).stem for name in shard_names(source)]
+    parts = [out / "parts" / f"{name}.npz" for name in names]
+    _same_settings(config, section, out)
+    pending = [shard for shard, part in enumerate(parts) if not part.is_file()]
+    if not pending:
+        return parts
+    teacher = None if section is None else _load(section, config)
+    prompts = stored_prompts(Path(config.prompts)) if section is None else _embed(config, teacher)
+    top = None if config.top_k is None else TopK(len(prompts), config.top_k)
+    if top is not None:
+        for part in filter(Path.is_file, parts):
+            top.add(**_candidates(part))
+    ids = _ids(source)
+    shards = _stored(store, ids, pending) if store else _live(source, ids, pending, teacher, config)
+    done = tqdm(zip(pending, shards, strict=True), desc="filter", unit="shard", total=len(pending), disable=None)
+    for shard, (features, bad) in done:
+        if features.shape[1] != prompts.shape[1]:
+            raise ConfigError(
+                f"prompts have {prompts.shape[1]} numbers, images {features.shape[1]}: not of one teacher"
+            )
+        keys = np.array([source.key(sample_id) for sample_id in ids[shard]])
+        best, score = score_shard(features, keys, prompts, shard=shard, top=top)
+        odd = set(np.flatnonzero(best < 0).tolist()) - bad.keys()
+        bad |= dict.fromkeys(sorted(odd), "its features are not finite")
+        columns = {"keys": keys, "best": best, "score": score, "bad": json.dumps(bad)}
+        columns |= {f"top_{name}": column for name, column in (top.of_shard(shard) if top else {}).items()}
+        if config.dedup_threshold is not None:
+            columns["features"] = features.half().numpy()
+        _save(parts[shard], columns | {"shard": source.shard(ids[shard][0])})
+    return parts
+
+
+def _teacher_section(config: FilterConfig, store: EmbeddingStore | None) -> TeacherConfig | None:
+    """The model of images and prompts: the configured one, else the store's; None where nobody has to say anything.
+
+    Raises ConfigError for a store of another teacher.
+    """
+    named = isinstance(config.prompts, str) and config.prompts.endswith(".safetensors")
+    if store is None:
+        return config.teacher
+    words = {key: store.info.teacher.get(key) for key in ("arch", "pretrained", "path")}
+    if config.teacher is not None:
+        asked = {key: getattr(config.teacher, key) for key in words}
+        if asked != words:
+            raise ConfigError(f"store: {store.folder} holds features of {words}, teacher is {asked}")
+    return None if named else TeacherConfig(**words)
+
+
+def _load(section: TeacherConfig, config: FilterConfig) -> Teacher:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return Teacher(section).to(device, DTYPES[config.precision])
+
+
+def _embed(config: FilterConfig, teacher: Teacher) -> Tensor:  # [P, d]
+    if isinstance(config.prompts, str) and config.prompts.endswith(".safetensors"):
+        return stored_prompts(Path(config.prompts))
+    return prompt_embeddings(prompt_texts(config.prompts), config.templates, teacher)
+
+
+def _ids(source: Source) -> list[range]:
+    """Of each shard."""
+    ends = np.cumsum(source.shard_sizes).tolist()
+    return [range(begin, end) for begin, end in zip([0, *ends], ends, strict=False)]
+
+
+def _stored(store: EmbeddingStore, ids: list[range], pending: list[int]) -> Iterator[Shard]:
+    """The first view's features of each pending shard."""
+    for shard in pending:
+        rows = np.arange(ids[shard].start, ids[shard].stop)
+        yield store.read(rows, view=0, texts=np.zeros_like(rows))["image"], {}
+
+
+def _live(
+    source: Source, ids: list[range], pending: list[int], teacher: Teacher, config: FilterConfig
+) -> Iterator[Shard]:
+    """Features of the evaluation view of each image of each pending shard."""
+    if teacher.contract.image is None:
+        raise ConfigError("teacher: has no image tower")
+    step, wanted, device = config.batch_size, teacher.contract.image, next(teacher.parameters()).device
+    batches = [[ids[shard][start : start + step] for start in range(0, len(ids[shard]), step)] for shard in pending]
+    loader = iter(
+        DataLoader(
+            _Images(source, [batch for shard in batches for batch in shard], wanted),
+            batch_size=None,
+            num_workers=config.num_workers,
+            generator=torch.Generator(),  # torch would draw the workers' seed from the global generator
+        )
+    )
+    for shard in batches:
+        features, bad = [], {}
+        for number in range(len(shard)):
+            views, reasons = next(loader)
+            with torch.no_grad():
+                features.append(encode_image(teacher.clip, views.to(device), wanted).float().cpu())
+            features[-1][list(reasons)] = torch.nan
+            bad |= {number * step + row: reason for row, reason in reasons.items()}
+        yield torch.cat(features), bad
+
+
+def _same_settings(config: FilterConfig, section: TeacherConfig | None, out: Path) -> None:
+    """Parts are of one question: write it down, or raise ConfigError where the folder holds parts of another one."""
+    asked: dict[str, Any] = {
+        "data": config.data.model_dump(),
+        "prompts": sha256(config.prompts, config.templates),
+        "teacher": None if section is None else section.model_dump(include={"arch", "pretrained", "path"}),
+        "store": config.store,
+        "top_k": config.top_k,
+        "dedup_threshold": "set" if config.dedup_threshold is not None else "null",
+        "precision": config.precision,
+    }
+    file = out / "parts" / SETTINGS
+    if file.is_file():
+        before = json.loads(file.read_text(encoding="utf-8"))
+        if other := [key for key, value in asked.items() if before.get(key) != value]:
+            raise ConfigError(
+                f"out={out} holds scores of another run, which differs in {', '.join(other)}: name another folder, or"
+                " delete this one"
+            )
+    file.parent.mkdir(exist_ok=True)
+    _replace(file, json.dumps(asked, indent=1).encode())
+
+
+def _candidates(part: Path) -> dict[str, np.ndarray]:
+    with np.load(part) as columns:
+        return {name: columns[f"top_{name}"] for name in TopK.COLUMNS}
+
+
+def _save(part: Path, columns: dict[str, Any]) -> None:
+    temporary = part.with_name(f".{part.name}.tmp")
+    with temporary.open("wb") as file:
+        np.savez(file, **columns)
+    os.replace(temporary, part)
+
+
+def _replace(file: Path, content: bytes) -> None:
+    temporary = file.with_name(f".{file.name}.tmp")
+    temporary.write_bytes(content)
+    os.replace(temporary, file)
+
+
+def _write(out: Path, scored: Scored, kept: np.ndarray) -> None:
+    """scores.parquet, errors.jsonl, selected.txt."""
+    columns = {
+        "key": scored.key,
+        "shard": np.array(scored.files)[scored.shard],
+        "index": scored.row,
+        "best_prompt": scored.best,
+        "score": scored.score,
+    }
+    temporary = out / ".scores.parquet.tmp"
+    pq.write_table(pa.table(columns), temporary)
+    os.replace(temporary, out / "scores.parquet")
+    errors = [
+        {"key": str(scored.key[i]), "shard": scored.files[scored.shard[i]], "index": int(scored.row[i]), "reason": why}
+        for i, why in scored.bad.items()
+    ]
+    _replace(out / "errors.jsonl", "".join(json.dumps(line) + "\n" for line in errors).encode())
+    _replace(out / "selected.txt", "".join(f"{key}\n" for key in scored.key[kept]).encode("utf-8", "backslashreplace"))
