@@ -13,7 +13,9 @@ from typing import Any, ClassVar, get_origin
 
 from kd_accel import __version__
 from kd_accel.config import DemoConfig, EvalConfig, IndexConfig, ReportConfig, TrainConfig
+from kd_accel.filter_config import FilterConfig
 from kd_accel.help import explain
+from kd_accel.pack_config import PackConfig
 from kd_accel.schema import ConfigError, LocalError, Schema, alternatives, did_you_mean, dump, load
 
 
@@ -28,7 +30,9 @@ class HelpConfig(Schema):
 VERBS = {
     "train": (TrainConfig, "kd_accel.train:run", "train a student, beside its frozen teacher or alone"),
     "eval": (EvalConfig, "kd_accel.evals.suite:run", "zero-shot classification and retrieval of a run or a release"),
+    "pack": (PackConfig, "kd_accel.pack:run", "any data as indexed webdataset shards, resized on the way"),
     "index": (IndexConfig, "kd_accel.data.index:run", "list the samples of webdataset tars, once, before training"),
+    "filter": (FilterConfig, "kd_accel.filter:run", "score images by prompts with a teacher, and keep the best ones"),
     "report": (ReportConfig, "kd_accel.report:run", "one HTML page with the curves and results of runs"),
     "demo": (DemoConfig, "kd_accel.demo:run", "the whole way, on handwritten digits and two CPU cores"),
     "config": (TrainConfig, "kd_accel.cli:print_config", "check config files of train and print what they come to"),

@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from kd_accel.augment import AugmentConfig
+from kd_accel.augment_config import AugmentConfig
 from kd_accel.schedules import Scheduled
 from kd_accel.schema import Schema
 from kd_accel.terms import AnyTerm

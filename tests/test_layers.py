@@ -17,6 +17,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "kd_accel"
 LAYERS = (
     ("__init__ types schema schedules terms augment sections config filter_config help",),
     ("distributed", "losses", "random_state signals logs"),
+    ("trim",),
     ("memory", "models", "data", "blame", "replay"),
     ("objective own_optimizer chunks temperature bindings recall fit",),
     ("launch engine masters optim lamb metrics checkpoint memory_files saver bad_samples assembly episodes evals",),

@@ -10,7 +10,7 @@ from PIL import Image, ImageOps
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as F
 
-from kd_accel.augment import AugmentConfig, ColorJitterConfig, RandAugmentConfig
+from kd_accel.augment_config import AugmentConfig, ColorJitterConfig, RandAugmentConfig
 
 MAX_MAGNITUDE = 30  # RandAugment's strongest
 

@@ -25,7 +25,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from kd_accel.augment import AugmentConfig
+from kd_accel.augment_config import AugmentConfig
 from kd_accel.data.source import Source
 from kd_accel.data.views import Views
 from kd_accel.schema import ConfigError, LocalError

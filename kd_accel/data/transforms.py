@@ -17,7 +17,7 @@ from PIL.JpegImagePlugin import JpegImageFile
 from torch import Tensor
 from torchvision.transforms import Compose
 
-from kd_accel.augment import AugmentConfig
+from kd_accel.augment_config import AugmentConfig
 from kd_accel.data.augment import augmented
 from kd_accel.data.source import BadSample
 from kd_accel.types import ImageInput

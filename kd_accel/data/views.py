@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from kd_accel.augment import AugmentConfig
+from kd_accel.augment_config import AugmentConfig
 from kd_accel.data.source import Sample
 from kd_accel.data.transforms import train_view
 from kd_accel.schema import ConfigError

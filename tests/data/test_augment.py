@@ -17,7 +17,7 @@ from torchvision.transforms import InterpolationMode, RandAugment
 from torchvision.transforms import functional as F
 from torchvision.transforms.autoaugment import _apply_op
 
-from kd_accel.augment import AugmentConfig, ColorJitterConfig, RandAugmentConfig
+from kd_accel.augment_config import AugmentConfig, ColorJitterConfig, RandAugmentConfig
 from kd_accel.data.augment import OPS, augmented, jittered, rand_augmented
 from kd_accel.schema import ConfigError, validate
 
