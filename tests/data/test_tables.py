@@ -11,7 +11,7 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from kd_accel.data import rows
+from kd_accel.data import rows, tables
 from kd_accel.data.source import BadSample
 from kd_accel.data.tables import open_table
 from kd_accel.schema import ConfigError
@@ -55,11 +55,14 @@ def test_tab_separated_text_survives_exactly(photos, jpeg, name):
     assert source.shard(2) == str(photos / name)
 
 
-def test_comma_separated_text_is_quoted_as_rfc_4180(photos):
-    """Commas, line ends and doubled quotes inside quotes."""
-    rows = ["filepath,title", '0.jpg,"a, ""b""\nc"', "1.jpg,NA", '2.jpg,""', "3.jpg,plain"]
-    (photos / "pairs.csv").write_text("\n".join(rows))
-    assert captions(open_table(str(photos / "pairs.csv"))) == ['a, "b"\nc', "NA", "caption is empty", "plain"]
+def test_comma_separated_text_is_quoted_as_rfc_4180(photos, monkeypatch):
+    """Commas, line ends and doubled quotes inside quotes; no matter where a block of the file ends."""
+    lines = ['0.jpg,"a, ""b""\nc"', "1.jpg,NA", '2.jpg,""', "3.jpg,plain"] * 5
+    (photos / "pairs.csv").write_text("\n".join(["filepath,title", *lines]))
+    for block in (40, 41, 47, 53, 10_000):
+        monkeypatch.setattr(tables, "BLOCK_BYTES", block)
+        found = captions(open_table(str(photos / "pairs.csv")))
+        assert found == ['a, "b"\nc', "NA", "caption is empty", "plain"] * 5
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
@@ -147,6 +150,13 @@ def test_several_files_are_one_table(tmp_path, jpeg):
     assert [source.shard(i) for i in range(3)] == [str(tmp_path / folder / "pairs.tsv") for folder in "aab"]
     moved = open_table([str(tmp_path / "b/pairs.tsv")], image_root=str(tmp_path / "b"))
     assert moved.read(0).image == jpeg(2)
+
+
+def test_without_images_the_key_is_the_row_of_its_file(tmp_path):
+    for name, text in (("a.txt", "one\ntwo"), ("b.txt", "three")):
+        (tmp_path / name).write_text(text)
+    source = open_table([str(tmp_path / "a.txt"), str(tmp_path / "b.txt")])
+    assert [(source.key(i), source.shard(i)[-5:]) for i in range(3)] == [("0", "a.txt"), ("1", "a.txt"), ("0", "b.txt")]
 
 
 def test_absolute_paths_and_labels_of_a_csv(photos, jpeg):
