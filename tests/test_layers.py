@@ -15,17 +15,17 @@ PACKAGE = Path(__file__).resolve().parent.parent / "kd_accel"
 # From the bottom up. A string is a group whose files may import each other; groups of one layer never do.
 # A folder stands for its files, unless one of them is named by itself.
 LAYERS = (
-    ("__init__ types schema schedules terms augment sections config filter_config help",),
+    ("__init__ types schema schedules terms augment_config sections config pack_config filter_config download_config help",),
     ("distributed", "losses", "random_state signals logs"),
     ("trim",),
     ("memory", "models", "data", "blame", "replay"),
     ("objective own_optimizer chunks temperature bindings recall fit",),
     ("launch engine masters optim lamb metrics checkpoint memory_files saver bad_samples assembly episodes evals",),
-    ("train", "evals.suite", "report pictures runs", "filter prompts scoring selection knn"),
+    ("train", "evals.suite", "report pictures runs", "filter prompts scoring selection knn", "pack", "download"),
     ("demo",),  # runs the other verbs
     ("cli __main__",),
 )
-WITHOUT_TORCH = "__init__ __main__ types schema schedules terms augment sections config filter_config help cli".split()
+WITHOUT_TORCH = f"{LAYERS[0][0]} __main__ cli".split()
 MAY_TALK = "distributed"  # the one module that may use torch.distributed
 
 
