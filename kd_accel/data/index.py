@@ -28,6 +28,7 @@ from kd_accel.config import IndexConfig
 from kd_accel.schema import ConfigError
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")  # the first one that a sample has is its image
+SIDECAR = ".idx.npz"  # instead of .tar
 MAX_EXTENSIONS = 64  # per tar; more means that the names carry a dot before the extension
 _MEMBER = re.compile(r"((?:.*/)?[^./]+)\.([^/]+)", re.DOTALL)  # (key, extension), as webdataset splits a name
 
@@ -93,10 +94,20 @@ def build_index(paths: list[Path], *, progress: bool = False) -> tuple[int, int]
     for folder in {path.parent for path in stale}:
         _require_writable(folder)
     for path in tqdm(stale, desc="index", unit="shard", disable=None if progress else True):
-        _write_sidecar(path, _scan(path))
+        write_index(path)
     for folder in {path.parent for path in paths}:
         _write_manifest(folder)
-    return len(stale), sum(len(_read_sidecar(path, "sizes")[0]) for path in paths)
+    return len(stale), sum(map(num_indexed, paths))
+
+
+def write_index(path: Path) -> None:
+    """Write the sidecar of one tar; raises ConfigError for a damaged one."""
+    _write_sidecar(path, _scan(path))
+
+
+def num_indexed(path: Path) -> int:
+    """Samples of an indexed tar."""
+    return len(read_sidecar(path, "sizes")[0])
 
 
 def load_index(paths: list[Path], members: list[tuple[str, tuple[str, ...]]]) -> ShardIndex:
@@ -167,7 +178,7 @@ def _add_member(path: Path, samples: _Samples, member: tarfile.TarInfo) -> None:
 
 
 def _sidecar(path: Path) -> Path:
-    return path.with_suffix(".idx.npz")
+    return path.with_suffix(SIDECAR)
 
 
 def _is_current(path: Path) -> bool:
@@ -176,7 +187,7 @@ def _is_current(path: Path) -> bool:
     if not sidecar.exists() or sidecar.stat().st_mtime_ns < tar.st_mtime_ns:
         return False
     try:
-        return int(_read_sidecar(path, "tar_bytes")[0]) == tar.st_size
+        return int(read_sidecar(path, "tar_bytes")[0]) == tar.st_size
     except ConfigError:  # unreadable: written anew
         return False
 
@@ -217,7 +228,7 @@ def _write_manifest(folder: Path) -> None:
     tars = [tar for tar in sorted(folder.glob("*.tar")) if _sidecar(tar).exists()]
     rows = []
     for tar in tars:
-        sizes, tar_bytes = _read_sidecar(tar, "sizes", "tar_bytes")
+        sizes, tar_bytes = read_sidecar(tar, "sizes", "tar_bytes")
         rows.append({"file": tar.name, "samples": len(sizes), "bytes": int(tar_bytes)})
     manifest = {"samples": sum(row["samples"] for row in rows), "shards": rows}
     text = json.dumps(manifest, indent=1).encode() + b"\n"
@@ -244,8 +255,9 @@ def _load_shard(path: Path, members: list[tuple[str, ...]]) -> tuple[np.ndarray,
     """(offsets [n, m], sizes [n, m], keys [n], extensions) of one tar; of each member's extensions the first counts."""
     if not _sidecar(path).exists():
         raise ConfigError(f"{path}: has no index: run kd-accel index {path.parent}")
-    keys, names, offsets, sizes, indexed = _read_sidecar(path, "keys", "extensions", "offsets", "sizes", "tar_bytes")
-    if (size := path.stat().st_size) != indexed:
+    keys, names, offsets, sizes, indexed = read_sidecar(path, "keys", "extensions", "offsets", "sizes", "tar_bytes")
+    # a remote tar comes when it is read, and is compared then
+    if path.exists() and (size := path.stat().st_size) != indexed:
         raise ConfigError(
             f"{path}: has {size:,} bytes but had {indexed:,} when it was indexed, so it was truncated or replaced: "
             f"fetch it again, or run kd-accel index {path.parent}"
@@ -262,7 +274,7 @@ def _load_shard(path: Path, members: list[tuple[str, ...]]) -> tuple[np.ndarray,
     return *chosen, keys, extensions
 
 
-def _read_sidecar(path: Path, *names: str) -> list[np.ndarray]:
+def read_sidecar(path: Path, *names: str) -> list[np.ndarray]:
     """The arrays `names` of the index of the tar `path`."""
     try:
         with _sidecar(path).open("rb") as file, np.load(file, allow_pickle=False) as arrays:

@@ -1,0 +1,238 @@
+"""Tars behind URLs as if they lay in a local folder: first their index, beside the place where each will be, then they.
+
+shards = RemoteShards(expand_urls("s3://bucket/dfn/{00000..00139}.tar", cache), cache)
+index = load_index(shards.paths, ...)          # the sidecars are there, the tars need not be
+shards.prefetch([17, 3, 120])                  # what will be read next, soonest first
+descriptor = shards.open(17)                   # waits until it is there; it stays as long as this is open
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from braceexpand import UnbalancedBracesError, braceexpand
+from filelock import FileLock
+from tqdm import tqdm
+
+from kd_accel.data.cache import ShardCache
+from kd_accel.data.index import SIDECAR, num_indexed, read_sidecar, write_atomically, write_index
+from kd_accel.data.remote import beside, describe, file_name, is_remote, list_folder, read_bytes, shown
+from kd_accel.schema import ConfigError, LocalError
+
+log = logging.getLogger("kd_accel")
+
+SMALL_FILES_AT_A_TIME = 16
+_TAR = re.compile(r"[^/\\\x00]+\.tar")
+
+
+class RemoteShards:
+    """The tars at `urls`, in their order, through `cache`; number k is `urls[k]`.
+
+    Raises ConfigError when one of them has no index, LocalError when a server does not answer.
+    """
+
+    paths: list[Path]  # where each tar is, once it is there; its sidecar is beside it already
+
+    def __init__(self, urls: list[str], cache: ShardCache, *, downloads: int = 4):
+        missing = fetch_sidecars(urls, cache)
+        if missing:
+            raise ConfigError(
+                f"data.shards: {len(missing)} of {len(urls)} remote shards have no index, the first is "
+                f"{shown(missing[0])}: run kd-accel index {shown(beside(missing[0], ''))}"
+            )
+        self.urls, self.cache, self.downloads = urls, cache, downloads
+        self.paths = [cache.place(url) for url in urls]
+        self.sizes = [int(read_sidecar(path, "tar_bytes")[0]) for path in self.paths]  # bytes
+        self._sha256 = [_checksums(path.parent).get(path.name) for path in self.paths]
+        self._start_over()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k not in ("_coming", "_threads")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state
+        self._start_over()
+
+    def require_room(self, shards: int) -> None:
+        """Raises ConfigError when the cache cannot hold so many of the largest shards at a time."""
+        needed = sum(sorted(self.sizes)[-shards:])
+        if needed > self.cache.max_bytes:
+            raise ConfigError(
+                f"data.cache.max_bytes={self.cache.max_bytes:,} is too little: {shards} shards that are read or "
+                f"fetched at a time have {needed:,} bytes: raise it, or lower data.shuffle_window or data.cache.ahead"
+            )
+
+    def open(self, shard: int) -> int:
+        """A file descriptor of the tar; waits until it is there, and as long as it is open the tar stays there.
+
+        Raises LocalError when the tar cannot be fetched, or is not the one that was indexed.
+        """
+        return self.cache.open(self.urls[shard], self.sizes[shard], self._sha256[shard])
+
+    def local(self, shard: int) -> Path:
+        """The tar's path; waits until it is there. Unlike with `open`, it may go when the cache needs room."""
+        return self.cache.fetch(self.urls[shard], self.sizes[shard], self._sha256[shard])
+
+    def prefetch(self, shards: Sequence[int]) -> None:
+        """Fetch these in the background, soonest first, instead of what was still to come; returns at once.
+
+        What fails here is only logged: whoever needs the shard tries again.
+        """
+        with self._coming:
+            self._coming.shards = deque(int(shard) for shard in shards)
+            self._coming.notify_all()
+        while len(self._threads) < self.downloads:
+            self._threads.append(threading.Thread(target=self._fetch_what_comes, daemon=True))
+            self._threads[-1].start()
+
+    def _start_over(self) -> None:
+        self._coming, self._threads = _Coming(), []
+
+    def _fetch_what_comes(self) -> None:
+        while True:
+            with self._coming:
+                while not self._coming.shards:
+                    self._coming.wait()
+                shard = self._coming.shards.popleft()
+            try:
+                done = self.cache.fetch_ahead(self.urls[shard], self.sizes[shard], self._sha256[shard])
+            except LocalError as error:
+                log.warning("%s", error)
+                continue
+            if not done:  # readers will let go of their shards and ask anew for what comes
+                time.sleep(1)
+
+
+class _Coming(threading.Condition):
+    shards: deque[int] = deque()
+
+
+def expand_urls(shards: str | list[str], cache: ShardCache) -> list[str]:
+    """The URLs of tars that `shards` names, in order: brace ranges are expanded, a folder stands for its tars by name.
+
+    A folder's tars are those of its manifest.json; without one an object store is asked for a list.
+    Raises ConfigError for what is no tar, given twice, or a folder without tars.
+    """
+    entries = [shards] if isinstance(shards, str) else shards
+    urls = [url for entry in entries for url in _expand(entry, cache)]
+    if mixed := [url for url in urls if not is_remote(url)]:
+        raise ConfigError(
+            f"data.shards: {mixed[0]} is local, others are remote: give all of one kind (or data.sources)"
+        )
+    if twice := [url for k, url in enumerate(urls) if url in urls[:k]]:
+        raise ConfigError(f"data.shards: {shown(twice[0])} is given twice")
+    return urls
+
+
+def index_remote(shards: str | list[str], cache: ShardCache) -> tuple[int, int, int]:
+    """Index remote tars that have no index: each is fetched once through the cache, and its index stays there.
+
+    Returns (tars indexed by this call, tars, samples of all).
+    """
+    urls = expand_urls(shards, cache)
+    missing = fetch_sidecars(urls, cache)
+    for url in tqdm(missing, desc="index", unit="shard", disable=None):
+        write_index(cache.fetch(url, describe(url, cache.patience).size))
+    return len(missing), len(urls), sum(num_indexed(cache.place(url)) for url in urls)
+
+
+def fetch_sidecars(urls: list[str], cache: ShardCache) -> list[str]:
+    """Put the current index of every tar where the tar will be; the URLs that have none anywhere."""
+    folders: dict[str, list[str]] = {}
+    for url in urls:
+        folders.setdefault(beside(url, ""), []).append(url)
+    return [url for group in folders.values() for url in _fetch_folder(group, cache)]
+
+
+def _fetch_folder(urls: list[str], cache: ShardCache) -> list[str]:
+    folder = cache.place(urls[0]).parent
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / ".index.lock"):  # the other processes of this machine find it done
+        rows = _fetch_manifest(urls[0], cache)
+        stale = [url for url in urls if not _is_indexed(cache.place(url), rows)]
+        with ThreadPoolExecutor(SMALL_FILES_AT_A_TIME) as pool:
+            had = pool.map(lambda url: _fetch_sidecar(url, cache), stale)
+            found = dict(zip(stale, tqdm(had, "index", len(stale), unit="shard", disable=None), strict=True))
+    return [url for url in urls if not found.get(url, True)]
+
+
+def _fetch_manifest(url: str, cache: ShardCache) -> dict[str, dict]:
+    """{file: {samples, bytes (, sha256)}} of the remote folder's manifest.json, which is kept; {} without one."""
+    content = read_bytes(beside(url, "manifest.json"), cache.patience)
+    path = cache.place(url).with_name("manifest.json")
+    if content is None:
+        path.unlink(missing_ok=True)
+        return {}
+    rows = _rows(content, shown(beside(url, "manifest.json")))
+    write_atomically(path, lambda file: file.write(content))
+    return rows
+
+
+def _rows(manifest: bytes, name: str) -> dict[str, dict]:
+    try:
+        rows = {row["file"]: row for row in json.loads(manifest)["shards"]}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{name}: not a manifest of kd-accel index ({type(error).__name__}: {error})") from None
+    if other := [file for file in rows if not isinstance(file, str) or not _TAR.fullmatch(file)]:
+        raise ConfigError(f"{name}: {other[0]!r} is not the name of a tar beside it")
+    return rows
+
+
+def _checksums(folder: Path) -> dict[str, str]:
+    manifest = folder / "manifest.json"
+    rows = _rows(manifest.read_bytes(), str(manifest)) if manifest.exists() else {}
+    return {file: row["sha256"] for file, row in rows.items() if "sha256" in row}
+
+
+def _is_indexed(path: Path, rows: dict[str, dict]) -> bool:
+    """Whether the sidecar of `path` is here and fits the remote manifest; without a manifest, what is here counts."""
+    if not path.with_suffix(SIDECAR).exists():
+        return False
+    sizes, tar_bytes = read_sidecar(path, "sizes", "tar_bytes")
+    row = rows.get(path.name, {"samples": len(sizes), "bytes": tar_bytes})
+    return (row["samples"], row["bytes"]) == (len(sizes), tar_bytes)
+
+
+def _fetch_sidecar(url: str, cache: ShardCache) -> bool:
+    """Fetch the sidecar; the tar beside an older one goes. False: there is none."""
+    path = cache.place(url)
+    content = read_bytes(beside(url, path.with_suffix(SIDECAR).name), cache.patience)
+    if content is None:
+        return False
+    write_atomically(path.with_suffix(SIDECAR), lambda file: file.write(content))
+    path.unlink(missing_ok=True)
+    return True
+
+
+def _expand(entry: str, cache: ShardCache) -> list[str]:
+    try:
+        names = list(braceexpand(entry))
+    except UnbalancedBracesError:
+        raise ConfigError(f"data.shards: unbalanced braces in {shown(entry)}") from None
+    return [url for name in names for url in ([name] if file_name(name).endswith(".tar") else _tars_of(name, cache))]
+
+
+def _tars_of(folder: str, cache: ShardCache) -> list[str]:
+    inside = beside(folder if file_name(folder) == "" else beside(folder, file_name(folder) + "/"), "manifest.json")
+    content = read_bytes(inside, cache.patience)
+    if content is not None:
+        urls = [beside(inside, file) for file in sorted(_rows(content, shown(inside)))]
+    elif folder.startswith("http"):
+        raise ConfigError(
+            f"data.shards: {shown(folder)}: a web server does not list its files: name the tars, as in "
+            f"{shown(beside(inside, '{00000..00139}.tar'))}, or put the manifest.json of kd-accel index beside them"
+        )
+    else:
+        urls = list_folder(folder, cache.patience)
+    if not urls:
+        raise ConfigError(f"data.shards: the folder {shown(folder)} holds no .tar")
+    return urls
