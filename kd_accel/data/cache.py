@@ -61,7 +61,7 @@ class ShardCache:
         return path
 
     def fetch_ahead(self, url: str, size: int, sha256: str | None = None) -> bool:
-        """As `fetch`, for later: a tar that somebody is fetching is left to them; False: there is no room for it now."""
+        """As `fetch`, for later: a tar that somebody is fetching is left to them; False: there is no room now."""
         path = self.place(url)
         if _is_there(path, size):
             return True
