@@ -2,33 +2,27 @@
 
 shards = RemoteShards(expand_urls("s3://bucket/dfn/{00000..00139}.tar", cache), cache)
 index = load_index(shards.paths, ...)          # the sidecars are there, the tars need not be
-shards.prefetch([17, 3, 120])                  # what will be read next, soonest first
+shards.prefetch([17, 3, 120])                  # what will be read next, soonest first: fetched by another process
 descriptor = shards.open(17)                   # waits until it is there; it stays as long as this is open
 """
 
 from __future__ import annotations
 
 import json
-import logging
 import re
-import threading
-import time
-from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 from braceexpand import UnbalancedBracesError, braceexpand
 from filelock import FileLock
 from tqdm import tqdm
 
 from kd_accel.data.cache import ShardCache
+from kd_accel.data.fetcher import Fetcher
 from kd_accel.data.index import SIDECAR, num_indexed, read_sidecar, write_atomically, write_index
 from kd_accel.data.remote import beside, describe, file_name, is_remote, list_folder, read_bytes, shown
-from kd_accel.schema import ConfigError, LocalError
-
-log = logging.getLogger("kd_accel")
+from kd_accel.schema import ConfigError
 
 SMALL_FILES_AT_A_TIME = 16
 _TAR = re.compile(r"[^/\\\x00]+\.tar")
@@ -49,18 +43,11 @@ class RemoteShards:
                 f"data.shards: {len(missing)} of {len(urls)} remote shards have no index, the first is "
                 f"{shown(missing[0])}: run kd-accel index {shown(beside(missing[0], ''))}"
             )
-        self.urls, self.cache, self.downloads = urls, cache, downloads
+        self.urls, self.cache = urls, cache
         self.paths = [cache.place(url) for url in urls]
         self.sizes = [int(read_sidecar(path, "tar_bytes")[0]) for path in self.paths]  # bytes
         self._sha256 = [_checksums(path.parent).get(path.name) for path in self.paths]
-        self._start_over()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k not in ("_coming", "_threads")}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__ |= state
-        self._start_over()
+        self._fetcher = Fetcher(cache, downloads)
 
     def require_room(self, shards: int) -> None:
         """Raises ConfigError when the cache cannot hold so many of the largest shards at a time."""
@@ -83,37 +70,8 @@ class RemoteShards:
         return self.cache.fetch(self.urls[shard], self.sizes[shard], self._sha256[shard])
 
     def prefetch(self, shards: Sequence[int]) -> None:
-        """Fetch these in the background, soonest first, instead of what was still to come; returns at once.
-
-        What fails here is only logged: whoever needs the shard tries again.
-        """
-        with self._coming:
-            self._coming.shards = deque(int(shard) for shard in shards)
-            self._coming.notify_all()
-        while len(self._threads) < self.downloads:
-            self._threads.append(threading.Thread(target=self._fetch_what_comes, daemon=True))
-            self._threads[-1].start()
-
-    def _start_over(self) -> None:
-        self._coming, self._threads = _Coming(), []
-
-    def _fetch_what_comes(self) -> None:
-        while True:
-            with self._coming:
-                while not self._coming.shards:
-                    self._coming.wait()
-                shard = self._coming.shards.popleft()
-            try:
-                done = self.cache.fetch_ahead(self.urls[shard], self.sizes[shard], self._sha256[shard])
-            except LocalError as error:
-                log.warning("%s", error)
-                continue
-            if not done:  # readers will let go of their shards and ask anew for what comes
-                time.sleep(1)
-
-
-class _Coming(threading.Condition):
-    shards: deque[int] = deque()
+        """Fetch these in the background, soonest first, instead of what was still to come; returns at once."""
+        self._fetcher.fetch([(self.urls[k], self.sizes[k], self._sha256[k]) for k in shards])
 
 
 def expand_urls(shards: str | list[str], cache: ShardCache) -> list[str]:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import subprocess
+import sys
 import time
 from collections import deque
 
 import fsspec
 import numpy as np
+import psutil
 import pytest
 from faulty_server import FaultyServer
 
@@ -113,14 +116,42 @@ def test_what_comes_is_fetched_in_the_background(server, cache):
     assert server.gets("/d/0000.tar") == []
 
 
-def test_a_failure_in_the_background_is_met_again_by_the_reader(server, cache, caplog):
-    """It does not end the thread, and the reader tries anew."""
+def test_a_failure_in_the_background_is_met_again_by_the_reader(server, cache, capfd):
+    """It costs a line, the next shard is fetched, and the reader tries anew."""
     shards = RemoteShards(expand_urls(f"{server.url}/d", cache), cache, downloads=1)
     server.faults["/d/0000.tar"] = deque([500] * 3)
     shards.prefetch([0, 1])
     wait_until(shards.paths[1].exists)
-    assert "0000.tar: given up after 3 tries" in caplog.text
+    assert "0000.tar: given up after 3 tries" in capfd.readouterr().err
     assert shards.local(0).read_bytes() == tars(server)[0]
+
+
+def test_a_lost_fetcher_is_started_again(server, cache):
+    """Whatever ended it; the reader never depends on it."""
+    shards = RemoteShards(expand_urls(f"{server.url}/d", cache), cache)
+    shards.prefetch([0])
+    wait_until(shards.paths[0].exists)
+    shards._fetcher._process.kill()
+    shards._fetcher._process.wait()
+    shards.prefetch([1])
+    wait_until(shards.paths[1].exists)
+
+
+def test_the_fetcher_ends_with_its_process(server, cache, tmp_path):
+    """Also with one that is killed: it reads the end of its input."""
+    code = f"""
+import sys, os, signal
+from pathlib import Path
+from kd_accel.data.cache import ShardCache
+from kd_accel.data.fetcher import Fetcher
+fetcher = Fetcher(ShardCache(Path({str(cache.folder)!r}), 10**6), 1)
+fetcher.fetch([({server.url + "/d/0000.tar"!r}, {len(tars(server)[0])}, None)])
+print(fetcher._process.pid, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    words = [sys.executable, "-c", code]
+    pid = int(subprocess.run(words, stdout=subprocess.PIPE, check=False, timeout=60).stdout)
+    wait_until(lambda: not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)
 
 
 def test_workers_get_a_copy(server, cache):
