@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
-import tarfile
 import tempfile
 import zipfile
 from collections.abc import Callable
@@ -25,14 +23,12 @@ from braceexpand import UnbalancedBracesError, braceexpand
 from tqdm import tqdm
 
 from kd_accel.config import IndexConfig
+from kd_accel.data.scan import Samples, scan
 from kd_accel.schema import ConfigError
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")  # the first one that a sample has is its image
 SIDECAR = ".idx.npz"  # instead of .tar
 MAX_EXTENSIONS = 64  # per tar; more means that the names carry a dot before the extension
-_MEMBER = re.compile(r"((?:.*/)?[^./]+)\.([^/]+)", re.DOTALL)  # (key, extension), as webdataset splits a name
-
-_Samples = list[tuple[str, dict[str, tuple[int, int]]]]  # (key, {extension: (offset, size)}), bytes
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,7 +98,7 @@ def build_index(paths: list[Path], *, progress: bool = False) -> tuple[int, int]
 
 def write_index(path: Path) -> None:
     """Write the sidecar of one tar; raises ConfigError for a damaged one."""
-    _write_sidecar(path, _scan(path))
+    _write_sidecar(path, scan(path))
 
 
 def num_indexed(path: Path) -> int:
@@ -144,39 +140,6 @@ def _expand(entry: str) -> list[Path]:
     return paths
 
 
-def _scan(path: Path) -> _Samples:
-    """The samples of one tar in one pass over its headers; raises ConfigError for a truncated or damaged tar."""
-    samples: _Samples = []
-    whole = False
-    with path.open("rb") as file:
-        try:
-            with tarfile.open(fileobj=file, mode="r:") as tar:
-                for member in tar:
-                    _add_member(path, samples, member)
-                # tarfile ends quietly at a cut or damaged header; a whole tar ends with a block of zeros
-                file.seek(tar.offset)
-                whole = file.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
-        except tarfile.TarError:
-            whole = False
-    if not whole:
-        count = max(len(samples) - 1, 0)  # the last one may lack members
-        raise ConfigError(f"{path}: not a whole tar, it breaks off after {count} whole samples: fetch or pack it again")
-    return samples
-
-
-def _add_member(path: Path, samples: _Samples, member: tarfile.TarInfo) -> None:
-    match = _MEMBER.fullmatch(member.name)
-    if match is None or not member.isreg() or member.issparse():
-        return
-    key, extension = match[1], match[2].lower()
-    if not samples or samples[-1][0] != key:
-        samples.append((key, {}))
-    members = samples[-1][1]
-    if extension in members:
-        raise ConfigError(f"{path}: {member.name} is there twice in one sample")
-    members[extension] = (member.offset_data, member.size)
-
-
 def _sidecar(path: Path) -> Path:
     return path.with_suffix(SIDECAR)
 
@@ -203,7 +166,7 @@ def _require_writable(folder: Path) -> None:
         ) from None
 
 
-def _write_sidecar(path: Path, samples: _Samples) -> None:
+def _write_sidecar(path: Path, samples: Samples) -> None:
     extensions = sorted({extension for _, members in samples for extension in members})
     if len(extensions) > MAX_EXTENSIONS:
         raise ConfigError(
@@ -262,6 +225,8 @@ def _load_shard(path: Path, members: list[tuple[str, ...]]) -> tuple[np.ndarray,
             f"{path}: has {size:,} bytes but had {indexed:,} when it was indexed, so it was truncated or replaced: "
             f"fetch it again, or run kd-accel index {path.parent}"
         )
+    if ((sizes < 0) | (sizes > indexed) | (offsets > indexed - sizes)).any():
+        raise ConfigError(f"{_sidecar(path)}: places members outside of the tar: delete it and index the tar again")
     extensions = names.tolist()
     shape = len(keys), len(members)
     chosen = np.full(shape, -1), np.zeros(shape, dtype=np.int64)
@@ -279,7 +244,7 @@ def read_sidecar(path: Path, *names: str) -> list[np.ndarray]:
     try:
         with _sidecar(path).open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             return [arrays[name] for name in names]
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, MemoryError) as error:
         raise ConfigError(
             f"{_sidecar(path)}: cannot be read ({error}): delete it and run kd-accel index {path.parent}"
         ) from None
