@@ -27,7 +27,7 @@ Samples = list[tuple[str, dict[str, tuple[int, int]]]]  # (key, {extension: (off
 def scan(path: Path) -> Samples:
     """The samples of one tar in one pass over its headers; raises ConfigError for a truncated or damaged tar."""
     samples: Samples = []
-    skipped: list[str] = []
+    skipped, first_skipped = 0, ""
     try:
         with path.open("rb") as file, tarfile.open(fileobj=_Headers(file), mode="r:") as tar:
             while (member := tar.next()) is not None:
@@ -35,26 +35,19 @@ def scan(path: Path) -> Samples:
                 if not 0 <= member.size <= tar.offset - member.offset_data:
                     raise tarfile.ReadError("a size that is none")
                 if not member.isdir() and not _add_member(path, samples, member):
-                    skipped.append(member.name)
+                    skipped, first_skipped = skipped + 1, first_skipped or member.name[:80]
             # tarfile ends quietly at a cut or damaged header; a whole tar ends with a block of zeros
             file.seek(tar.offset)
             whole = file.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
     except ConfigError:
         raise
-    except (
-        tarfile.TarError,
-        ValueError,
-        OverflowError,
-        RecursionError,
-    ):  # the last ones: absurd numbers, endless chains
+    except (tarfile.TarError, ValueError, RecursionError):  # the last two: absurd numbers and endless chains of headers
         whole = False
     if not whole:
         count = max(len(samples) - 1, 0)  # the last one may lack members
         raise ConfigError(f"{path}: not a whole tar, it breaks off after {count} whole samples: fetch or pack it again")
     if skipped:
-        log.warning(
-            "%s: %d members are no plain files and are skipped, the first is %a", path, len(skipped), skipped[0]
-        )
+        log.warning("%s: %d members are no plain files and are skipped, the first is %a", path, skipped, first_skipped)
     return samples
 
 
