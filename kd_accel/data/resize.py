@@ -1,0 +1,51 @@
+"""Images for shards: checked, and made smaller where they are larger than anybody will look at. Needs no torch."""
+
+from __future__ import annotations
+
+import io
+import warnings
+
+from PIL import Image, UnidentifiedImageError
+
+from kd_accel.data.source import BadSample
+
+EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}  # stored as they come; GIF and BMP become JPEG
+FORMATS = (*EXTENSIONS, "GIF", "BMP")  # PIL would also hand EPS to Ghostscript
+
+
+def resized(image: bytes, short_side: int | None, quality: int) -> bytes:
+    """`image`, with its shorter side at most `short_side` pixels; never enlarged.
+
+    As it came where that is JPEG, PNG or WebP and small enough, else a JPEG of `quality` (1 to 100). EXIF rotations are
+    not applied, as in training. Raises BadSample for what cannot be decoded to the last pixel.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about EXIF and palette metadata
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            picture = Image.open(io.BytesIO(image), formats=FORMATS)
+            shrink = short_side is not None and min(picture.size) > short_side
+            size = _scaled(picture.size, short_side) if shrink else picture.size
+            if picture.format in EXTENSIONS and not shrink:
+                picture.load()
+                return image
+            picture.draft("RGB", size)  # JPEG: decoded at the nearest larger eighth
+            smaller = picture.convert("RGB").resize(size, Image.Resampling.BICUBIC, reducing_gap=2.0)
+    except UnidentifiedImageError:
+        raise BadSample(f"image cannot be decoded: none of {', '.join(FORMATS)}") from None
+    except Exception as error:  # broken bytes raise OSError, SyntaxError, ValueError, struct.error and others
+        raise BadSample(f"image cannot be decoded: {type(error).__name__}: {error}") from error
+    file = io.BytesIO()
+    smaller.save(file, "JPEG", quality=quality)
+    return file.getvalue()
+
+
+def describe(image: bytes) -> tuple[str, int, int]:
+    """(extension, width, height) of what `resized` returned."""
+    picture = Image.open(io.BytesIO(image), formats=FORMATS)
+    return EXTENSIONS[picture.format], *picture.size
+
+
+def _scaled(size: tuple[int, int], short_side: int) -> tuple[int, int]:
+    scale = short_side / min(size)
+    return max(round(size[0] * scale), 1), max(round(size[1] * scale), 1)
