@@ -1,9 +1,11 @@
 """Tars behind URLs as if they lay in a local folder: first their index, beside the place where each will be, then they.
 
-shards = RemoteShards(expand_urls("s3://bucket/dfn/{00000..00139}.tar", cache), cache)
-index = load_index(shards.paths, ...)          # the sidecars are there, the tars need not be
-shards.prefetch([17, 3, 120])                  # what will be read next, soonest first: fetched by another process
-descriptor = shards.open(17)                   # waits until it is there; it stays as long as this is open
+What a loader does with them:
+
+    shards = RemoteShards(expand_urls("s3://bucket/dfn/{00000..00139}.tar", cache), cache)
+    index = load_index(shards.paths, ...)          # the sidecars are there, the tars need not be
+    shards.prefetch([17, 3, 120])                  # what is read next, soonest first: another process fetches it
+    descriptor = shards.open(17)                   # waits until it is there; it stays as long as this is open
 """
 
 from __future__ import annotations
@@ -14,14 +16,16 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 from braceexpand import UnbalancedBracesError, braceexpand
 from filelock import FileLock
 from tqdm import tqdm
 
+from kd_accel.cache_config import CacheConfig
 from kd_accel.data.cache import ShardCache
 from kd_accel.data.fetcher import Fetcher
 from kd_accel.data.index import SIDECAR, num_indexed, read_sidecar, write_atomically, write_index
-from kd_accel.data.remote import beside, describe, file_name, is_remote, list_folder, read_bytes, shown
+from kd_accel.data.remote import Patience, beside, describe, file_name, is_remote, list_folder, read_bytes, shown
 from kd_accel.schema import ConfigError
 
 SMALL_FILES_AT_A_TIME = 16
@@ -35,6 +39,7 @@ class RemoteShards:
     """
 
     paths: list[Path]  # where each tar is, once it is there; its sidecar is beside it already
+    sizes: list[int]  # bytes
 
     def __init__(self, urls: list[str], cache: ShardCache, *, downloads: int = 4):
         missing = fetch_sidecars(urls, cache)
@@ -45,7 +50,7 @@ class RemoteShards:
             )
         self.urls, self.cache = urls, cache
         self.paths = [cache.place(url) for url in urls]
-        self.sizes = [int(read_sidecar(path, "tar_bytes")[0]) for path in self.paths]  # bytes
+        self.sizes = [int(read_sidecar(path, "tar_bytes")[0]) for path in self.paths]
         self._sha256 = [_checksums(path.parent).get(path.name) for path in self.paths]
         self._fetcher = Fetcher(cache, downloads)
 
@@ -54,8 +59,9 @@ class RemoteShards:
         needed = sum(sorted(self.sizes)[-shards:])
         if needed > self.cache.max_bytes:
             raise ConfigError(
-                f"data.cache.max_bytes={self.cache.max_bytes:,} is too little: {shards} shards that are read or "
-                f"fetched at a time have {needed:,} bytes: raise it, or lower data.shuffle_window or data.cache.ahead"
+                f"data.cache.max_gib={self.cache.max_bytes / 2**30:g} is too little: {shards} shards that are read or "
+                f"fetched at a time have {needed / 2**30:.3g} GiB: raise it, or lower data.shuffle_window or "
+                "data.cache.ahead"
             )
 
     def open(self, shard: int) -> int:
@@ -72,6 +78,27 @@ class RemoteShards:
     def prefetch(self, shards: Sequence[int]) -> None:
         """Fetch these in the background, soonest first, instead of what was still to come; returns at once."""
         self._fetcher.fetch([(self.urls[k], self.sizes[k], self._sha256[k]) for k in shards])
+
+
+def open_cache(config: CacheConfig) -> ShardCache:
+    """The cache that `config` describes; its folder is made when the first file comes."""
+    patience = Patience(tries=config.tries, stall_seconds=config.stall_seconds)
+    return ShardCache(Path(config.folder).expanduser(), int(config.max_gib * 2**30), patience=patience)
+
+
+def shards_by_need(order: np.ndarray, starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(shards in the order in which they are first read, the last batch that reads each one) of an epoch.
+
+    `order` [batches, B] sample ids, `starts` [shards + 1] the first id of each shard, then N. Those whose last batch is
+    still to come are what to prefetch, as far ahead as there is room.
+    """
+    shard_of = np.searchsorted(starts, order.ravel(), side="right") - 1
+    rows = np.arange(len(shard_of))
+    first, last = np.full(len(starts) - 1, len(rows)), np.full(len(starts) - 1, -1)
+    last[shard_of] = rows  # of several values the last one stays
+    first[shard_of[::-1]] = rows[::-1]
+    shards = np.argsort(first, kind="stable")[: np.count_nonzero(last >= 0)]
+    return shards, last[shards] // order.shape[1]
 
 
 def expand_urls(shards: str | list[str], cache: ShardCache) -> list[str]:

@@ -11,13 +11,14 @@ from kd_accel.data.source import BadSample
 
 EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}  # stored as they come; GIF and BMP become JPEG
 FORMATS = (*EXTENSIONS, "GIF", "BMP")  # PIL would also hand EPS to Ghostscript
+MAX_JPEG = 65_500  # pixels of a side
 
 
 def resized(image: bytes, short_side: int | None, quality: int) -> bytes:
     """`image`, with its shorter side at most `short_side` pixels; never enlarged.
 
     As it came where that is JPEG, PNG or WebP and small enough, else a JPEG of `quality` (1 to 100). EXIF rotations are
-    not applied, as in training. Raises BadSample for what cannot be decoded to the last pixel.
+    not applied, as in training. Raises BadSample for what cannot be decoded to the last pixel, or be a JPEG.
     """
     try:
         with warnings.catch_warnings():
@@ -35,9 +36,7 @@ def resized(image: bytes, short_side: int | None, quality: int) -> bytes:
         raise BadSample(f"image cannot be decoded: none of {', '.join(FORMATS)}") from None
     except Exception as error:  # broken bytes raise OSError, SyntaxError, ValueError, struct.error and others
         raise BadSample(f"image cannot be decoded: {type(error).__name__}: {error}") from error
-    file = io.BytesIO()
-    smaller.save(file, "JPEG", quality=quality)
-    return file.getvalue()
+    return _jpeg(smaller, quality)
 
 
 def describe(image: bytes) -> tuple[str, int, int]:
@@ -49,3 +48,13 @@ def describe(image: bytes) -> tuple[str, int, int]:
 def _scaled(size: tuple[int, int], short_side: int) -> tuple[int, int]:
     scale = short_side / min(size)
     return max(round(size[0] * scale), 1), max(round(size[1] * scale), 1)
+
+
+def _jpeg(picture: Image.Image, quality: int) -> bytes:
+    if max(picture.size) > MAX_JPEG:
+        raise BadSample(
+            f"image has {picture.width:,} x {picture.height:,} pixels, a side of a JPEG at most {MAX_JPEG:,}"
+        )
+    file = io.BytesIO()
+    picture.save(file, "JPEG", quality=quality)
+    return file.getvalue()

@@ -16,11 +16,13 @@ import psutil
 import pytest
 from faulty_server import FaultyServer
 
+from kd_accel.cache_config import CacheConfig
 from kd_accel.data import remote
 from kd_accel.data.cache import ShardCache
 from kd_accel.data.index import read_sidecar
+from kd_accel.data.order import epoch_order
 from kd_accel.data.remote import Patience
-from kd_accel.data.remote_shards import RemoteShards, expand_urls, index_remote
+from kd_accel.data.remote_shards import RemoteShards, expand_urls, index_remote, open_cache, shards_by_need
 from kd_accel.schema import ConfigError, LocalError
 
 SIZES = [3, 2, 4]  # samples per shard
@@ -238,7 +240,7 @@ def test_a_cache_that_is_too_small_is_named_at_the_start(server, cache):
     cache.max_bytes = sum(shards.sizes)
     shards.require_room(3)
     cache.max_bytes -= 1
-    with pytest.raises(ConfigError, match=r"data.cache.max_bytes=.* is too little: 3 shards"):
+    with pytest.raises(ConfigError, match=r"data.cache.max_gib=.* is too little: 3 shards"):
         shards.require_room(3)
 
 
@@ -307,3 +309,24 @@ def test_numbers_of_the_order_are_taken(server, cache):
     shards = RemoteShards(expand_urls(f"{server.url}/d", cache), cache)
     shards.prefetch(np.array([1, 2]))
     wait_until(shards.paths[2].exists)
+
+
+def test_what_comes_is_read_off_the_order():
+    """Every shard by its first batch, and its last one; a shard that no batch reads is not named."""
+    sizes = np.array([7, 3, 12, 1, 9, 8])
+    starts = np.concatenate([[0], np.cumsum(sizes)])
+    order = epoch_order(sizes, seed=3, epoch=1, window=2, global_batch=5)[:5]
+    read = [{int(np.searchsorted(starts, i, side="right")) - 1 for i in batch} for batch in order]
+    shards, last = shards_by_need(order, starts)
+    assert set(shards.tolist()) == set().union(*read) < set(range(6))
+    firsts = [min(k for k, batch in enumerate(read) if shard in batch) for shard in shards]
+    assert firsts == sorted(firsts)
+    assert last.tolist() == [max(k for k, batch in enumerate(read) if shard in batch) for shard in shards]
+
+
+def test_the_cache_of_a_config(tmp_path, monkeypatch):
+    """GiB to bytes, and ~ to the home."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    cache = open_cache(CacheConfig(max_gib=0.5, tries=3))
+    assert (cache.folder, cache.max_bytes) == (tmp_path / ".cache/kd_accel/shards", 2**29)
+    assert (cache.patience.tries, cache.patience.stall_seconds) == (3, 60)

@@ -73,6 +73,12 @@ def test_a_broken_image_is_refused(kind, short_side):
             resized(image, short_side, 90)
 
 
+def test_what_is_too_long_for_a_jpeg_is_refused():
+    """Its sides end at 65,500 pixels."""
+    with pytest.raises(BadSample, match="image has 70,000 x 20 pixels, a side of a JPEG at most 65,500"):
+        resized(encoded(Image.new("L", (70_000, 20)), "BMP"), None, 90)
+
+
 def test_an_image_of_far_too_many_pixels_is_refused():
     """Before they are unpacked."""
     bomb = encoded(Image.new("1", (20_000, 10_000)), "PNG")
