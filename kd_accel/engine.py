@@ -15,6 +15,7 @@ from kd_accel.config import TrainConfig, teachers_of
 from kd_accel.lamb import pieces_of
 from kd_accel.masters import Masters, frozen_weights
 from kd_accel.models.pair import Pair
+from kd_accel.models.running_stats import allow_bf16_weights
 from kd_accel.models.student import Student
 from kd_accel.models.teacher import Teacher
 from kd_accel.random_state import RandomState
@@ -68,6 +69,7 @@ class Engine:
             zero.optimizer.attach(pieces_of(zero, self.zero_stage), device=accelerator.device)
         self.masters = Masters(student, self.module, self.optimizer, zero_stage=self.zero_stage, frozen=frozen)
         if rounds:
+            allow_bf16_weights(student)
             self.masters.load_weights(exact)
         self._graph: Rows | None = None  # the student's features, where one pass is enough
         self._looked_at: list[tuple[Batch, RandomState]] = []  # what is to be run again

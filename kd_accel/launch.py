@@ -30,7 +30,7 @@ def start_accelerator(
     _check_environment(on_cpu)
     if on_cpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    from accelerate import Accelerator, InitProcessGroupKwargs
+    from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 
     timeout = timedelta(seconds=timeout_s)
     distributed.wait_at_most(timeout_s)
@@ -39,6 +39,8 @@ def start_accelerator(
     mixed = "bf16" if precision == "bf16" else "no"
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") != "true":
         alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+        # DDP would overwrite every rank's running statistics with rank 0's before each forward pass.
+        handlers.append(DistributedDataParallelKwargs(broadcast_buffers=False))
         accelerator = Accelerator(cpu=on_cpu, mixed_precision=mixed, kwargs_handlers=[] if alone else handlers)
     else:
         plugin = _deepspeed_plugin(

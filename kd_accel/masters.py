@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kd_accel import distributed
+from kd_accel.models.running_stats import average_over_ranks
 from kd_accel.models.student import Student
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # what AdamW remembers of each parameter
@@ -52,8 +53,9 @@ class Masters:
     def weights(self) -> dict[str, Tensor]:
         """The student's parameters, from the fp32 masters, and its buffers: name -> fp32 CPU tensor. Collective.
 
-        Complete on rank 0; empty on the others, which only take part.
+        Complete on rank 0; empty on the others, which only take part. Running statistics become their mean over ranks.
         """
+        average_over_ranks(self._student)
         state = dict(self._frozen)
         for name, parameter in self._trained():
             full = self._full(parameter)
