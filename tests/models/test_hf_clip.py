@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
-from kd_accel.models.hf_clip import build_hf_clip
+from kd_accel.models.hf_clip import build_hf_clip, is_hf_clip
 from kd_accel.models.text import encode_text
 from kd_accel.models.towers import to_model_input
 from kd_accel.schema import ConfigError
@@ -112,6 +112,11 @@ def test_no_parameter_that_the_engine_cannot_prepare(folder):
         model, _, _, _ = build_hf_clip(str(folder(kind)), where=WHERE)
         assert {name.partition(".")[0] for name, _ in model.named_parameters()} == {"visual", "text"}
         assert all(p.ndim > 0 and p.is_contiguous() and p.dtype == torch.float32 for p in model.parameters())
+
+
+def test_what_has_two_towers(folder, tmp_path):
+    assert all(is_hf_clip(str(folder(kind)), where=WHERE) for kind in KINDS)
+    assert not is_hf_clip(str(tiny_hf.write_text_model(tmp_path)), where=WHERE)
 
 
 def change(folder, file: str, **values):
