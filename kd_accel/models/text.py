@@ -31,9 +31,10 @@ def text_pad(text_cfg: dict[str, Any]) -> int | None:
 def encode_text(model: nn.Module, tokens: Tensor) -> Tensor:
     """int64 [b, T] -> raw embeddings [b, d]; T may be less than the context length where `text_pad` is not None."""
     tower = model if isinstance(model, CLIP) else model.text
-    length = tokens.shape[1]
-    if not isinstance(tower, CLIP | TextTransformer) or length == tower.context_length:
+    if not _is_causal(tower):
         return model.encode_text(tokens, normalize=False)
+    # Whatever the length: under ZeRO-3 all ranks have to ask for the weights in one order, and theirs may differ.
+    length = tokens.shape[1]
     # open_clip 3.3 does the same, but adds all positions (CLIP), or masks all of them (TextTransformer).
     dtype = tower.transformer.get_cast_dtype()
     x = tower.token_embedding(tokens).to(dtype) + tower.positional_embedding[:length].to(dtype)
@@ -41,6 +42,11 @@ def encode_text(model: nn.Module, tokens: Tensor) -> Tensor:
     pool, end = ("text_pool_type", "text_eos_id") if isinstance(tower, CLIP) else ("pool_type", "eos_id")
     x = text_global_pool(x, tokens, getattr(tower, pool), eos_token_id=getattr(tower, end))
     return _projected(x, tower.text_projection)
+
+
+def _is_causal(tower: nn.Module) -> bool:
+    ours = isinstance(tower, CLIP | TextTransformer)
+    return ours and tower.attn_mask is not None and getattr(tower, "cls_emb", None) is None
 
 
 def _projected(x: Tensor, projection: nn.Linear | nn.Parameter | None) -> Tensor:

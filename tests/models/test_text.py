@@ -63,6 +63,22 @@ def test_equal_to_the_whole_context(kind, length, arch):
         torch.testing.assert_close(got_grads[name], gradient, rtol=0, atol=rounding, msg=name)
 
 
+@pytest.mark.parametrize("kind", CUT)
+def test_modules_run_in_one_order_whatever_the_length(kind, arch):
+    """Ranks have captions of their own; under ZeRO-3 they gather the weights module by module, all together."""
+    model = construct(arch(**CUT[kind]), where="student.arch")
+    seen = []
+    for name, module in model.named_modules():
+        module.register_forward_pre_hook(lambda *_, name=name: seen.append(name))
+    tokens = open_clip.SimpleTokenizer(context_length=16)(["a cat"])
+    orders = []
+    for given in (tokens, tokens[:, :8]):
+        seen.clear()
+        encode_text(model, given)
+        orders.append(list(seen))
+    assert orders[0] == orders[1] != []
+
+
 @pytest.mark.parametrize("kind", NEVER_CUT)
 def test_never_cut_where_padding_is_read(kind, arch):
     model_cfg = arch(**NEVER_CUT[kind])
