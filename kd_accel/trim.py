@@ -20,4 +20,5 @@ def trimmed(tokens: Tensor, pad: int | None, multiple: int = 8) -> Tensor:
         return tokens
     used = (tokens != pad).any(dim=0).nonzero()  # [columns, 1]
     needed = int(used[-1]) + 1 if len(used) else 1
-    return tokens[:, : min(full, -(-needed // multiple) * multiple)]
+    # contiguous: what travels between processes is the memory behind a tensor, cut or not
+    return tokens[:, : min(full, -(-needed // multiple) * multiple)].contiguous()

@@ -20,7 +20,9 @@ def padded(*lengths: int, context: int = 20, pad: int = 0) -> torch.Tensor:
 )
 def test_the_longest_caption_decides(lengths, kept):
     tokens = padded(*lengths)
-    assert torch.equal(trimmed(tokens, 0), tokens[:, :kept])
+    cut = trimmed(tokens, 0)
+    assert torch.equal(cut, tokens[:, :kept])
+    assert cut.untyped_storage().nbytes() == cut.nbytes  # no padding goes along to another process
 
 
 def test_only_trailing_columns_of_the_pad_token_go():
