@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from open_clip.tokenizer import HFTokenizer
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
@@ -148,9 +149,9 @@ def read_hf_tower(
 ) -> tuple[HFTextTower, TextInput]:
     """The tower that a text_cfg describes.
 
-    Of a release, `folder`, it has fresh weights, and nothing outside of that folder is read; without one it starts from
-    the model's own weights unless hf_model_pretrained is false, and hf_config changes keys of its config.json. Keys that
-    `text_cfg` lacks have open_clip's defaults. Raises ConfigError.
+    Of a release, `folder`, it has fresh weights, and nothing outside of that folder is read. Without one it starts from
+    the model's own weights unless hf_model_pretrained is false, and hf_config changes keys of its config.json. What
+    `text_cfg` does not say is as in open_clip. Raises ConfigError.
     """
     poolings = {pooler: pooling for pooling, pooler in POOLERS.items()}
     pooler = text_cfg.get("hf_pooler_type", "mean_pooler")
@@ -174,16 +175,19 @@ def read_hf_tower(
 
 def _config(source: str, changes: dict[str, Any], where: str) -> PreTrainedConfig:
     try:
-        known = AutoConfig.from_pretrained(source, trust_remote_code=False)
-        if unknown := [key for key in changes if not hasattr(known, key)]:
-            raise ConfigError(f"{where}.config.{unknown[0]}: no such key in the config.json of {source}")
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False, **changes)
-    except ConfigError:
-        raise
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     except _NOT_TO_BE_HAD as error:
         raise _unavailable("model", source, where, error) from error
     if not (hasattr(config, "hidden_size") and hasattr(config, "vocab_size")):
         raise ConfigError(f"{where}: {source} is a {config.model_type} model, which is no text encoder")
+    if unknown := [key for key in changes if not hasattr(config, key)]:
+        raise ConfigError(f"{where}.hf_config.{unknown[0]}: no such key in the config.json of {source}")
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False, **changes)
+        config.validate()  # else a release, after training, would find out
+    except (StrictDataclassError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(f"{where}.hf_config: does not fit the config.json of {source} ({reason})") from error
     return config
 
 

@@ -188,8 +188,9 @@ def test_open_clip_loads_the_release(family, pooling, proj, folder, tmp_path):
     [
         ({"proj": None}, r": the encoder is 32 wide and embed_dim=16: set proj to linear or mlp"),
         ({"context_length": 41}, r"\.context_length=41: this model takes 40 at most"),
-        ({"config": {"layers": 1}}, r"\.config\.layers: no such key in the config\.json of .*"),
+        ({"config": {"layers": 1}}, r"\.hf_config\.layers: no such key in the config\.json of .*"),
         ({"config": {"vocab_size": 14}, "pretrained": False}, r": .*the tokenizer knows 15 tokens, the model 14.*"),
+        ({"config": {"num_hidden_layers": "two"}}, r"\.hf_config: does not fit the config\.json of .* \(.*\)"),
         ({"config": {"hidden_size": 33}, "pretrained": False}, r": the model '.*' cannot be had: .*"),
     ],
 )
@@ -198,6 +199,15 @@ def test_what_does_not_fit(options, message, folder):
         build(folder(), **options)
     assert "\n" not in str(raised.value)
     assert raised.match(f"^{WHERE}{message}$")
+
+
+def test_changed_keys_that_others_hang_on(folder):
+    """ModernBERT lists the kind of each layer."""
+    with pytest.raises(ConfigError, match=rf"^{WHERE}\.hf_config: does not fit .* \(.*num_hidden_layers.*layer_types"):
+        build(folder("modernbert"), pretrained=False, config={"num_hidden_layers": 1})
+    both = {"num_hidden_layers": 1, "layer_types": ["full_attention"]}
+    tower, _ = build(folder("modernbert"), pretrained=False, config=both)
+    assert len(tower.transformer.layers) == 1
 
 
 def test_roberta_keeps_two_positions_for_itself(folder):
