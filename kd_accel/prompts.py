@@ -45,14 +45,9 @@ def prompt_embeddings(texts: list[str], templates: list[str], teacher: Teacher) 
     """fp32 unit rows on the CPU: of each prompt the mean over the templates' unit embeddings, normalised again."""
     if teacher.contract.text is None:
         raise ConfigError("teacher: has no text tower: embed the prompts elsewhere and give them as .safetensors")
-    device = next(teacher.parameters()).device
     words = [template.replace("{}", text).replace("{c}", text) for text in texts for template in templates]
     parts = [words[start : start + AT_A_TIME] for start in range(0, len(words), AT_A_TIME)]
-    with torch.no_grad():
-        rows = [
-            teacher.clip.encode_text(teacher.contract.text.tokenize(part).to(device), normalize=False).float().cpu()
-            for part in parts
-        ]
+    rows = [teacher.encode_captions(part).float().cpu() for part in parts]
     return F.normalize(F.normalize(torch.cat(rows), dim=1).unflatten(0, (len(texts), len(templates))).mean(1), dim=1)
 
 

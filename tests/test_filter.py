@@ -6,6 +6,7 @@ import io
 import json
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -139,20 +140,21 @@ def test_steps_follow_each_other(question, truth):
 
 
 def test_near_duplicates_are_dropped(question, truth, shards, tmp_path):
-    """A shard given again under other names: of each image one is left, that with the lower key."""
+    """A shard given twice under other names: of each picture the lower key is left; a bound near 0 leaves the best."""
     folder = tmp_path / "twice"
     folder.mkdir()
-    for prefix in ("a", "z"):
+    for prefix in ("z", "a"):
         with tarfile.open(shards / "00000.tar") as tar, tarfile.open(folder / f"{prefix}.tar", "w") as copy:
             for member in tar:
-                content = tar.extractfile(member).read()
-                tiny.add(copy, f"{prefix}{member.name}", content)
+                tiny.add(copy, f"{prefix}{member.name}", tar.extractfile(member).read())
     build_index(expand_shards(str(folder)))
-    config = question(data={"shards": str(folder)}, dedup_threshold=1 - 1e-6)
-    run(config)
-    assert set(selected(config)) <= {f"a00{i:04d}" for i in range(20)}
-    run(question(data={"shards": str(folder)}, dedup_threshold=-1 + 2 - 1e-9, out=str(tmp_path / "none")))
-    assert len(selected(config)) > 1
+    twice = {"data": {"shards": [str(folder / "z.tar"), str(folder / "a.tar")]}, "batch_size": 20}
+    run(question(**twice, dedup_threshold=1 - 1e-6))
+    assert selected(question()) == [f"a00{i:04d}" for i in range(20)]
+    run(question(**twice, dedup_threshold=1e-6, top_k=1, out=str(tmp_path / "one")))
+    keys, cosines = truth
+    (left,) = selected(question(out=str(tmp_path / "one")))
+    assert left == "a" + best(keys[:20], cosines[:20].amax(1).tolist(), 1)[0]
 
 
 def test_a_rerun_goes_on_after_the_finished_shards(question, tmp_path, monkeypatch):
@@ -274,3 +276,46 @@ def test_a_picture_that_is_none_of_ours_is_no_reason_to_stop(question, tmp_path)
     config = question(data={"shards": str(folder)}, top_k=1, dedup_threshold=0.9)
     run(config)
     assert selected(config) == []
+
+
+class Store:
+    """Stored features of 60 samples, of which one has none: what filter asks of an EmbeddingStore."""
+
+    folder = Path("store")
+
+    def __init__(self, teacher: Path, features: torch.Tensor):
+        self.info = SimpleNamespace(teacher={"path": str(teacher), "arch": None, "pretrained": None})
+        self.features = features
+
+    def attach(self, source, templates):
+        assert source.num_samples == len(self.features)
+
+    def read(self, ids, *, view, texts):
+        assert view == 0
+        return {"image": self.features[ids]}
+
+
+def test_stored_features_take_the_place_of_images(question, tiny_teacher, tmp_path, monkeypatch):
+    """No image is read, and the teacher is the store's; another one is refused."""
+    features = torch.randn(60, 12).half()
+    features[7] = torch.nan
+    monkeypatch.setattr(filtering, "EmbeddingStore", lambda folder, **options: Store(tiny_teacher, features))
+    monkeypatch.setattr(filtering, "eval_view", None)
+    config = question(store="store", teacher=None, top_k=2)
+    run(config)
+    prompts = prompt_embeddings(PROMPTS, ["a {} square"], Teacher(TeacherConfig(path=str(tiny_teacher))))
+    cosines = F.normalize(features.float(), dim=1) @ prompts.T
+    rows = pq.read_table(Path(config.out, "scores.parquet")).to_pandas()
+    np.testing.assert_allclose(rows.score, cosines.amax(1), rtol=0, atol=1e-6)
+    (error,) = Path(config.out, "errors.jsonl").read_text().splitlines()
+    assert json.loads(error)["reason"] == "its features are not finite"
+    chosen = cosines.nan_to_num(-1).topk(2, dim=0).indices.unique().tolist()
+    assert selected(config) == [rows.key[i] for i in chosen]
+    with pytest.raises(ConfigError, match="store: .* holds features of .*, teacher is .*other"):
+        run(question(store="store", teacher={"path": "other"}, out=str(tmp_path / "other")))
+
+
+def test_prompts_of_another_width_are_refused(question, tmp_path):
+    save_file({"embeddings": torch.randn(3, 5)}, tmp_path / "prompts.safetensors")
+    with pytest.raises(ConfigError, match="prompts have 5 numbers, images 12: not of one teacher"):
+        run(question(prompts=str(tmp_path / "prompts.safetensors")))
