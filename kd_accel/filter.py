@@ -36,7 +36,7 @@ from kd_accel.data.transforms import decode, eval_view
 from kd_accel.filter_config import FilterConfig
 from kd_accel.models.teacher import Teacher
 from kd_accel.models.towers import encode_image
-from kd_accel.prompts import prompt_embeddings, prompt_texts, sha256, stored_prompts
+from kd_accel.prompts import is_stored, prompt_embeddings, prompt_texts, sha256, stored_prompts
 from kd_accel.schema import ConfigError
 from kd_accel.scoring import TopK, score_shard
 from kd_accel.selection import Scored, select, write_tars
@@ -91,43 +91,45 @@ class _Images(Dataset):
 
 def _score(config: FilterConfig, out: Path) -> list[Path]:
     """The part of every shard, made now or before."""
-    source, _ = open_source(
-        DataConfig(**config.data.model_dump(), batch_size=config.batch_size), images=True, captions=False
-    )
+    data = DataConfig(**config.data.model_dump(), batch_size=config.batch_size)
+    source, _ = open_source(data, images=True, captions=False)
     store = None if config.store is None else EmbeddingStore(config.store, key="store", towers={"image"})
     if store is not None:
         store.attach(source, [])
     section = _teacher_section(config, store)
-    names = [Path(name).stem for name in shard_names(source)]
-    parts = [out / "parts" / f"{name}.npz" for name in names]
+    parts = [out / "parts" / f"{Path(name).stem}.npz" for name in shard_names(source)]
     _same_settings(config, section, out)
-    pending = [shard for shard, part in enumerate(parts) if not part.is_file()]
-    if not pending:
-        return parts
-    teacher = None if section is None else _load(section, config)
-    prompts = stored_prompts(Path(config.prompts)) if section is None else _embed(config, teacher)
-    top = None if config.top_k is None else TopK(len(prompts), config.top_k)
-    if top is not None:
-        for part in filter(Path.is_file, parts):
-            top.add(**_candidates(part))
-    ids = _ids(source)
-    shards = _stored(store, ids, pending) if store else _live(source, ids, pending, teacher, config)
-    done = tqdm(zip(pending, shards, strict=True), desc="filter", unit="shard", total=len(pending), disable=None)
-    for shard, (features, bad) in done:
-        if features.shape[1] != prompts.shape[1]:
-            raise ConfigError(
-                f"prompts have {prompts.shape[1]} numbers, images {features.shape[1]}: not of one teacher"
-            )
-        keys = np.array([source.key(sample_id) for sample_id in ids[shard]])
-        best, score = score_shard(features, keys, prompts, shard=shard, top=top)
-        odd = set(np.flatnonzero(best < 0).tolist()) - bad.keys()
-        bad |= dict.fromkeys(sorted(odd), "its features are not finite")
-        columns = {"keys": keys, "best": best, "score": score, "bad": json.dumps(bad)}
-        columns |= {f"top_{name}": column for name, column in (top.of_shard(shard) if top else {}).items()}
-        if config.dedup_threshold is not None:
-            columns["features"] = features.half().numpy()
-        _save(parts[shard], columns | {"shard": source.shard(ids[shard][0])})
+    if pending := [shard for shard, part in enumerate(parts) if not part.is_file()]:
+        teacher = None if section is None else _load(section, config)
+        prompts = _embed(config, teacher)
+        top = None if config.top_k is None else TopK(len(prompts), config.top_k)
+        if top is not None:
+            for part in filter(Path.is_file, parts):
+                top.add(**_candidates(part))
+        ids = _ids(source)
+        shards = _stored(store, ids, pending) if store else _live(source, ids, pending, teacher, config)
+        bar = tqdm(zip(pending, shards, strict=True), desc="filter", unit="shard", total=len(pending), disable=None)
+        for shard, (features, bad) in bar:
+            columns = _score_one(source, ids[shard], features, bad, prompts, shard, top)
+            if config.dedup_threshold is not None:
+                columns["features"] = features.half().numpy()
+            _save(parts[shard], columns)
     return parts
+
+
+def _score_one(
+    source: Source, ids: range, features: Tensor, bad: dict[int, str], prompts: Tensor, shard: int, top: TopK | None
+) -> dict[str, Any]:
+    """What the part of a shard holds."""
+    if features.shape[1] != prompts.shape[1]:
+        raise ConfigError(f"prompts have {prompts.shape[1]} numbers, images {features.shape[1]}: not of one teacher")
+    keys = np.array([source.key(sample_id) for sample_id in ids])
+    best, score = score_shard(features, keys, prompts, shard=shard, top=top)
+    odd = sorted(set(np.flatnonzero(best < 0).tolist()) - bad.keys())
+    bad = bad | dict.fromkeys(odd, "its features are not finite")
+    candidates = {} if top is None else {f"top_{name}": column for name, column in top.of_shard(shard).items()}
+    found = {"shard": source.shard(ids[0]), "keys": keys, "best": best, "score": score, "bad": json.dumps(bad)}
+    return found | candidates
 
 
 def _teacher_section(config: FilterConfig, store: EmbeddingStore | None) -> TeacherConfig | None:
@@ -135,7 +137,6 @@ def _teacher_section(config: FilterConfig, store: EmbeddingStore | None) -> Teac
 
     Raises ConfigError for a store of another teacher.
     """
-    named = isinstance(config.prompts, str) and config.prompts.endswith(".safetensors")
     if store is None:
         return config.teacher
     words = {key: store.info.teacher.get(key) for key in ("arch", "pretrained", "path")}
@@ -143,7 +144,7 @@ def _teacher_section(config: FilterConfig, store: EmbeddingStore | None) -> Teac
         asked = {key: getattr(config.teacher, key) for key in words}
         if asked != words:
             raise ConfigError(f"store: {store.folder} holds features of {words}, teacher is {asked}")
-    return None if named else TeacherConfig(**words)
+    return None if is_stored(config.prompts) else TeacherConfig(**words)
 
 
 def _load(section: TeacherConfig, config: FilterConfig) -> Teacher:
@@ -151,8 +152,8 @@ def _load(section: TeacherConfig, config: FilterConfig) -> Teacher:
     return Teacher(section).to(device, DTYPES[config.precision])
 
 
-def _embed(config: FilterConfig, teacher: Teacher) -> Tensor:  # [P, d]
-    if isinstance(config.prompts, str) and config.prompts.endswith(".safetensors"):
+def _embed(config: FilterConfig, teacher: Teacher | None) -> Tensor:  # [P, d]
+    if is_stored(config.prompts):
         return stored_prompts(Path(config.prompts))
     return prompt_embeddings(prompt_texts(config.prompts), config.templates, teacher)
 

@@ -64,10 +64,15 @@ def stored_prompts(file: Path) -> Tensor:  # [P, d]
     return F.normalize(rows.float(), dim=1)
 
 
+def is_stored(prompts: str | list[str]) -> bool:
+    """Whether the key names embeddings, and not words."""
+    return isinstance(prompts, str) and prompts.endswith(".safetensors")
+
+
 def sha256(prompts: str | list[str], templates: list[str]) -> str:
     """Of what the prompts say, or of the file that holds their embeddings."""
-    if isinstance(prompts, str) and prompts.endswith(".safetensors"):
-        return hashlib.sha256(Path(prompts).read_bytes()).hexdigest()
+    if is_stored(prompts):
+        return hashlib.sha256(_bytes(Path(prompts))).hexdigest()
     return hashlib.sha256(json.dumps([prompt_texts(prompts), templates]).encode()).hexdigest()
 
 
@@ -87,6 +92,13 @@ def _class_names(folder: Path) -> list[str]:
 
 def _read(file: Path) -> str:
     try:
-        return file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"prompts: {file} cannot be read as UTF-8 text, nor is it imagenet: {error}") from None
+        return _bytes(file).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"prompts: {file} is not UTF-8 text: {error}") from None
+
+
+def _bytes(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"prompts: {file} cannot be read ({error.strerror}), nor is it imagenet") from None
