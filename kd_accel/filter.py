@@ -28,9 +28,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from kd_accel.config import DataConfig, TeacherConfig
+from kd_accel.config import TeacherConfig
 from kd_accel.data.embeddings import EmbeddingStore, shard_names
-from kd_accel.data.open import open_source
+from kd_accel.data.open import open_one
 from kd_accel.data.source import BadSample, Source
 from kd_accel.data.transforms import decode, eval_view
 from kd_accel.filter_config import FilterConfig
@@ -91,8 +91,7 @@ class _Images(Dataset):
 
 def _score(config: FilterConfig, out: Path) -> list[Path]:
     """The part of every shard, made now or before."""
-    data = DataConfig(**config.data.model_dump(), batch_size=config.batch_size)
-    source, _ = open_source(data, images=True, captions=False)
+    source = open_one(config.data, images=True, captions=False)
     store = None if config.store is None else EmbeddingStore(config.store, key="store", towers={"image"})
     if store is not None:
         store.attach(source, [])
