@@ -94,6 +94,15 @@ class TrainLoader:
         )
         with stopping_left_to_the_parent():
             items = iter(loader)  # starts the workers
+        try:
+            yield from self._steps(items)
+        finally:
+            # A traceback may hold `items`, and at exit Python waits for workers, which leave SIGTERM to their parent.
+            if self._config.num_workers:
+                items._shutdown_workers()
+
+    def _steps(self, items: Iterator) -> Iterator[list[Batch]]:
+        """What the workers made, as the micro-batches of each step."""
         micro_batches = []
         for item in items:
             if isinstance(item, ConfigError):

@@ -300,6 +300,24 @@ def test_a_worker_leaves_stopping_to_its_parent(make_shards, make_loader):
     assert worker not in program.children()
 
 
+@pytest.mark.parametrize("broken", ["no JPEG", "no such word"])
+def test_no_worker_outlives_an_error(make_shards, make_loader, contract, broken):
+    """Not even while its traceback is kept: at exit Python would wait for a worker that does not heed SIGTERM."""
+
+    def tokenize(captions):
+        raise LookupError("no such word")
+
+    folder = make_shards([6], dict.fromkeys(range(6), broken) if broken == "no JPEG" else None)
+    loader = make_loader(folder, contracts={"student": contract(tokenize=tokenize)}, num_workers=2)
+    program = psutil.Process()
+    before = program.children()
+    with pytest.raises((ConfigError, LookupError)) as kept:
+        take(loader, 1)
+    left = [child for child in program.children() if child not in before and child.cmdline() == program.cmdline()]
+    assert kept.traceback
+    assert left == []
+
+
 def test_workers_live_for_more_than_one_epoch(make_shards, make_loader, contract):
     """The same processes serve the next epoch: forking anew would stall training at every epoch's start."""
 
