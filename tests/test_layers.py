@@ -15,7 +15,9 @@ PACKAGE = Path(__file__).resolve().parent.parent / "kd_accel"
 # From the bottom up. A string is a group whose files may import each other; groups of one layer never do.
 # A folder stands for its files, unless one of them is named by itself.
 LAYERS = (
-    ("__init__ types schema schedules terms augment_config sections config pack_config filter_config download_config help",),
+    (
+        "__init__ types schema schedules terms augment_config sections config pack_config filter_config download_config help",
+    ),
     ("distributed", "losses", "random_state signals logs"),
     ("trim",),
     ("memory", "models", "data", "blame", "replay"),

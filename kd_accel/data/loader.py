@@ -11,25 +11,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from kd_accel.config import DataConfig
-from kd_accel.data.captions import draw_text
+from kd_accel.data.batches import BatchMaker, Joined, Row
 from kd_accel.data.embeddings import EmbeddingStore
 from kd_accel.data.open import open_source
 from kd_accel.data.order import epoch_order, num_batches, samples_per_epoch
-from kd_accel.data.source import BadSample, Sample, Source
-from kd_accel.data.views import Views, largest, shared_views
+from kd_accel.data.source import BadSample, Source
 from kd_accel.schema import ConfigError, LocalError
 from kd_accel.signals import stopping_left_to_the_parent
-from kd_accel.trim import trimmed
-from kd_accel.types import Batch, InputContract, TextInput
+from kd_accel.types import Batch, InputContract
 
 MAX_TRIES = 100  # samples in a row, from a bad one on, until the data counts as unusable
-
-
-Row = tuple[Sample, Tensor | None, str, int]  # a sample, its view, its text and the number of that
 
 
 class TrainLoader:
@@ -62,9 +56,10 @@ class TrainLoader:
         stores: dict[str, EmbeddingStore] | None = None,
     ):
         """`contracts`: what each model wants to see; `stores`: where features of teachers lie, by teacher."""
-        stores = stores or {}
-        source, passes = open_source(config, **_wanted(contracts, stores))
-        for store in stores.values():
+        self._maker = BatchMaker(config, contracts, seed=seed, stores=stores)
+        wanted = {"images": self._maker.reads_images, "captions": self._maker.reads_captions}
+        source, passes = open_source(config, **wanted)
+        for store in (stores or {}).values():
             store.attach(source, config.templates)
         self.batch_size = rows_per_micro_batch(config, world_size, accumulate)
         self.accumulate = accumulate
@@ -74,9 +69,7 @@ class TrainLoader:
         self.epoch, self.batches_done, self.bad_samples = 0, 0, []
         self._config, self._seed, self._rank = config, seed, rank
         self._shard_sizes, self._passes = source.shard_sizes, passes
-        texts = {name: contract.text for name, contract in contracts.items() if contract.text is not None}
-        self._tokens_of = {name: _token_kind(text) for name, text in texts.items()}
-        self._rows = _Rows(source, config, contracts, stores, seed)
+        self._rows = _Rows(source, self._maker)
 
     def __iter__(self) -> Iterator[list[Batch]]:
         """One set of workers serves all epochs: forking them anew would stall the devices at every epoch's start.
@@ -107,10 +100,9 @@ class TrainLoader:
         for item in items:
             if isinstance(item, ConfigError):
                 raise item
-            ids, image, tokens, labels, stored, bad = item
+            joined, bad = item
             self.bad_samples += bad
-            text = {name: tokens[kind] for name, kind in self._tokens_of.items()}
-            micro_batches.append(Batch(ids, image, text, labels, stored))
+            micro_batches.append(self._maker.batch(joined))
             if len(micro_batches) == self.accumulate:
                 self._count_batch()
                 yield micro_batches
@@ -169,40 +161,18 @@ class TrainLoader:
 
 
 class _Rows(Dataset):
-    """(epoch, ids [b]) -> (used ids [b], views [b, 3, H, W] uint8, tokens, labels, stored features, bad records), in
-    the workers."""
+    """(epoch, ids [b]) -> (rows on their way, records of bad samples), in the workers."""
 
-    def __init__(
-        self,
-        source: Source,
-        config: DataConfig,
-        contracts: dict[str, InputContract],
-        stores: dict[str, EmbeddingStore],
-        seed: int,
-    ):
-        self._source, self._config, self._seed = source, config, seed
-        self._stores = stores
-        size = largest(contracts.values())
-        wanted = None if size is None else Views(size, config.augment, seed)
-        self._views = shared_views(wanted, {n: store.views for n, store in stores.items() if "image" in store.towers})
-        texts = [contract.text for contract in contracts.values() if contract.text is not None]
-        self._tokenizers = {_token_kind(text): text for text in texts}
-        self._reads_text = bool(texts) or any("text" in store.towers for store in stores.values())
+    def __init__(self, source: Source, maker: BatchMaker):
+        self._source, self._maker = source, maker
 
-    def __getitem__(self, item: tuple[int, np.ndarray]) -> tuple | ConfigError:
+    def __getitem__(self, item: tuple[int, np.ndarray]) -> tuple[Joined, list[dict]] | ConfigError:
         epoch, ids = item
         try:
             rows, bad = zip(*(self._usable(int(i), epoch) for i in ids), strict=True)
+            return self._maker.join(list(rows)), [record for record in bad if record is not None]
         except ConfigError as error:
             return error  # raised by TrainLoader: torch would bury its one line in the worker's traceback
-        samples, views, texts, numbers = zip(*rows, strict=True)
-        tokens = {kind: trimmed(text.tokenize(list(texts)), text.pad) for kind, text in self._tokenizers.items()}
-        used = torch.tensor([sample.id for sample in samples])
-        image = None if views[0] is None else torch.stack(views)
-        labels = None if samples[0].label is None else torch.tensor([sample.label for sample in samples])
-        place = {"view": epoch, "texts": np.array(numbers)}
-        stored = {name: store.read(used.numpy(), **place) for name, store in self._stores.items()}
-        return used, image, tokens, labels, stored, [record for record in bad if record is not None]
 
     def _usable(self, sample_id: int, epoch: int) -> tuple[Row, dict | None]:
         """The sample, or the next usable one and the record of the replacement: the same on every rank and worker."""
@@ -210,21 +180,13 @@ class _Rows(Dataset):
         reasons = []
         for tried in range(min(MAX_TRIES, total)):
             try:
-                row = self._read((sample_id + tried) % total, epoch)
+                row = self._maker.row(self._source.read((sample_id + tried) % total), epoch)
             except BadSample as bad:
                 reasons.append(bad.reason)
                 continue
-            return row, self._record(sample_id, reasons[0], row[0].id, epoch) if reasons else None
+            return row, self._record(sample_id, reasons[0], row.id, epoch) if reasons else None
         where = f"{self._source.key(sample_id)} in {self._source.shard(sample_id)}"
         raise LocalError(f"data: no usable sample in {len(reasons)} in a row from {where} on: {reasons[0]}")
-
-    def _read(self, sample_id: int, epoch: int) -> Row:
-        sample = self._source.read(sample_id)
-        text, number = "", 0
-        if self._reads_text:
-            text, number = draw_text(sample, self._config, seed=self._seed, epoch=epoch)
-        view = None if sample.image is None else self._views.make(sample, epoch)
-        return sample, view, text, number
 
     def _record(self, sample_id: int, reason: str, replaced_by: int, epoch: int) -> dict[str, Any]:
         place = {"id": sample_id, "key": self._source.key(sample_id), "shard": self._source.shard(sample_id)}
@@ -248,17 +210,6 @@ def rows_per_micro_batch(config: DataConfig, world_size: int, accumulate: int) -
 def is_lost_worker(error: BaseException) -> bool:
     """Whether a worker's process was ended from outside; torch only says so in words."""
     return isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker (pid")
-
-
-def _wanted(contracts: dict[str, InputContract], stores: dict[str, EmbeddingStore]) -> dict[str, bool]:
-    """What of the data somebody looks at: stored features of a caption want to know which one it is."""
-    captions = any(c.text for c in contracts.values()) or any("text" in store.towers for store in stores.values())
-    return {"images": any(c.image for c in contracts.values()), "captions": captions}
-
-
-def _token_kind(text: TextInput) -> tuple[str, int, int | None]:
-    """Models of one kind share their tokens."""
-    return text.tokenizer, text.context_length, text.pad
 
 
 def _as_it_is(item):

@@ -65,7 +65,7 @@ def _one_tower_cfg(prefix: str, name: str, config: StudentConfig, teacher_width:
 
 
 def build_teacher(config: TeacherConfig, *, where: str) -> tuple[nn.Module, InputContract, int, Scale]:
-    """(model, contract, embed_dim, scale) of a teacher with its weights; raises ConfigError, which begins with `where`."""
+    """(model, contract, embed_dim, scale) of a teacher with weights; raises ConfigError that begins with `where`."""
     if config.path is not None:
         model, contract, model_cfg, scale = read_release(resolve_release(config.path))
         return model, contract, model_cfg["embed_dim"], scale

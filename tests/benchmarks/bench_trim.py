@@ -1,6 +1,6 @@
 """What cutting the padding off captions saves a text tower: tokens, and time of forward and backward.
 
-    python tests/benchmarks/bench_trim.py                        # ../shared/data/pairs/train, a few minutes on one thread
+    python tests/benchmarks/bench_trim.py                        # ../shared/data/pairs/train; minutes on one thread
     python tests/benchmarks/bench_trim.py --shards SHARDS --width 512 --layers 12 --device cuda
 
 Captions in the order of the shards' samples, shuffled, in batches of `--batch`; CLIP's BPE; times are medians over
