@@ -15,7 +15,7 @@ from kd_accel.config import TrainConfig, teachers_of
 from kd_accel.lamb import pieces_of
 from kd_accel.masters import Masters, frozen_weights
 from kd_accel.models.pair import Pair
-from kd_accel.models.running_stats import allow_bf16_weights
+from kd_accel.models.running_stats import allow_bf16_weights, running_statistics
 from kd_accel.models.student import Student
 from kd_accel.models.teacher import Teacher
 from kd_accel.random_state import RandomState
@@ -74,6 +74,7 @@ class Engine:
         self._graph: Rows | None = None  # the student's features, where one pass is enough
         self._looked_at: list[tuple[Batch, RandomState]] = []  # what is to be run again
         self._features: Rows = {}  # what the student said of it
+        self._statistics: list[tuple[Tensor, Tensor]] = []  # running statistics, and what they were before
         self._replay_is_checked = False
 
     def forward(self, batches: list[Batch]) -> tuple[Rows, dict[str, Rows]]:
@@ -83,6 +84,7 @@ class Engine:
         student on each once more: gradients are those of one large batch, memory is that of a micro-batch.
         """
         self._graph, self._looked_at, self._features = None, [], {}
+        self._statistics = [(tensor, tensor.clone()) for tensor in running_statistics(self.student).values()]
         if len(batches) == 1:
             self._graph, teachers = self._run(batches[0])
             return self._graph, teachers
@@ -119,6 +121,17 @@ class Engine:
         """
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
+        applied, norm = self._take_step()
+        if not applied:
+            self.undo_statistics()
+        return applied, norm
+
+    def undo_statistics(self) -> None:
+        """Running statistics as before `forward`, whose step is not taken: a nan would stay in them for good."""
+        for tensor, before in self._statistics:
+            tensor.copy_(before)
+
+    def _take_step(self) -> tuple[bool, float]:
         if self.zero_stage:
             self.module.step()
             return self.module.was_step_applied(), float(self.module.get_global_grad_norm())

@@ -134,6 +134,7 @@ class Trainer:
         try:
             outcome = self.objective(student, teachers, progress, ids=ids, labels=labels)
         except NonFiniteLoss as error:
+            self.engine.undo_statistics()
             self._skip(str(error))
             return row
         self.engine.backward(outcome.gradients)

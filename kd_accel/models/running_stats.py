@@ -8,10 +8,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from kd_accel import distributed
 
+STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+
 
 def running_statistics(module: nn.Module) -> dict[str, Tensor]:
-    """Running means and variances inside `module`, by name of the buffer."""
-    return {name: b for name, b in module.named_buffers() if name.endswith(("running_mean", "running_var"))}
+    """Running means and variances inside `module`, and of how many batches they are, by name of the buffer."""
+    return {name: b for name, b in module.named_buffers() if name.rpartition(".")[2] in STATISTICS}
 
 
 def allow_bf16_weights(module: nn.Module) -> None:

@@ -44,7 +44,7 @@ def start(name: str, precision: str) -> Engine:
     torch.manual_seed(1)
     student = Student(config.student, {})
     for tensor in running_statistics(student).values():
-        tensor.fill_(FIRST)
+        tensor.fill_(FIRST)  # the number of batches becomes 0
     engine = Engine(accelerator, student, {}, optimizer=build_optimizer(student, config.optim), config=config)
     engine.module.train()
     return engine
@@ -100,6 +100,17 @@ def check_statistics(engine: Engine, expected: dict[str, Tensor], weights: dict[
         assert all(tensor.isfinite().all() for tensor in weights.values())
 
 
+def check_skipped(engine: Engine) -> None:
+    """A step that is not taken leaves no trace in them, of whatever kind of sample."""
+    before = {name: tensor.clone() for name, tensor in running_statistics(engine.student).items()}
+    features, _ = engine.forward([batch(0)])
+    assert any(not torch.equal(t, before[name]) for name, t in running_statistics(engine.student).items())
+    engine.backward({key: torch.full_like(rows, torch.nan) for key, rows in features.items()})
+    applied, _ = engine.step(LR)
+    assert not applied
+    torch.testing.assert_close(running_statistics(engine.student), before, rtol=0, atol=0)
+
+
 def check_features(engine: Engine, weights: dict[str, Tensor], rounding: float) -> None:
     """In eval mode a model with the collected weights says what the student in its engine says."""
     engine.module.eval()
@@ -126,6 +137,7 @@ def main() -> None:
     check_statistics(engine, expected, weights)
     # bf16 keeps 8 bits: some 40 operations err by 2^-9 each
     check_features(engine, weights, rounding=1e-4 if precision == "fp32" else 40 * 2**-9)
+    check_skipped(engine)
     train(engine, range(3, 5))
     whole = engine.masters.weights()
 

@@ -11,5 +11,6 @@ import pytest
     [("ddp", "fp32"), ("ddp", "bf16"), ("zero1", "fp32"), ("zero2", "bf16"), ("zero3", "fp32"), ("zero3", "bf16")],
 )
 def test_saved_statistics_are_exact_and_of_all_ranks(run_ranks, engine, precision):
-    """Two ranks: the mean of both, in fp32, which says in eval mode what the engine says; a resumed run is exact."""
+    """Two ranks: the mean of both, in fp32, which says in eval mode what the engine says; a skipped step is undone,
+    a resumed run is exact."""
     run_ranks(["tests/distributed/statistics_worker.py", engine, precision])
