@@ -8,25 +8,41 @@ from torch import Tensor, nn
 
 from kd_accel import distributed, terms
 from kd_accel.bindings import features_read, teacher_towers_read
-from kd_accel.config import TrainConfig, teachers_of
+from kd_accel.config import TeacherConfig, TrainConfig, teachers_of
+from kd_accel.data.embeddings import EmbeddingStore
 from kd_accel.data.loader import TrainLoader
 from kd_accel.fit import check_class_width, check_fit, check_towers, match_towers
 from kd_accel.models.class_embeddings import class_embeddings
 from kd_accel.models.inherit import inherit
+from kd_accel.models.int8 import quantise
 from kd_accel.models.release import read_release, resolve_release
 from kd_accel.models.student import Student
-from kd_accel.models.teacher import Teacher
+from kd_accel.models.teacher import Teacher, key_of
 from kd_accel.objective import Objective
 from kd_accel.schema import ConfigError
+from kd_accel.stored_teacher import StoredTeacher, check_store
 from kd_accel.terms import LabelCE, MaskedFeatureMSE
 
-
-def build_teachers(config: TrainConfig) -> dict[str, Teacher]:
-    """By name, frozen. Raises ConfigError when a model or its weights are not to be had."""
-    return {name: Teacher(section, name=name) for name, section in teachers_of(config).items()}
+Teachers = dict[str, Teacher | StoredTeacher]
 
 
-def build_student(config: TrainConfig, teachers: dict[str, Teacher]) -> Student:
+def build_teachers(config: TrainConfig) -> Teachers:
+    """By name, frozen. Raises ConfigError when a model, its weights or its stored features are not to be had."""
+    return {name: _build_teacher(name, section) for name, section in teachers_of(config).items()}
+
+
+def _build_teacher(name: str, section: TeacherConfig) -> Teacher | StoredTeacher:
+    if section.placement == "cached":
+        return StoredTeacher(section, name=name)
+    teacher = Teacher(section, name=name)
+    if section.store is not None:
+        check_store(section, teacher, name=name)
+    if section.placement == "int8":
+        quantise(teacher)
+    return teacher
+
+
+def build_student(config: TrainConfig, teachers: Teachers) -> Student:
     """With the masked view that a term asks for. Raises ConfigError."""
     ratios = {t.mask_ratio for t in config.objective.terms.values() if isinstance(t, MaskedFeatureMSE)}
     if len(ratios) > 1:
@@ -53,7 +69,7 @@ def _forebear(config: TrainConfig, teachers: dict[str, Teacher]) -> nn.Module:
     return found.clip
 
 
-def fit_models(config: TrainConfig, student: Student, teachers: dict[str, Teacher]) -> TrainConfig:
+def fit_models(config: TrainConfig, student: Student, teachers: Teachers) -> TrainConfig:
     """Let no tower run that no term reads, and freeze what of the student is not read.
 
     Returns the config with every term's towers matched. Raises ConfigError for terms that these models cannot serve.
@@ -62,13 +78,31 @@ def fit_models(config: TrainConfig, student: Student, teachers: dict[str, Teache
     objective = match_towers(config.objective, towers=student.towers, teachers=specs)
     check_towers(objective, widths=student.widths, teachers=specs)
     student.freeze_all_but(set().union(*(features_read(t, student.widths) for t in objective.terms.values())))
+    config = config.model_copy(update={"objective": objective})
+    stores = open_stores(config)
     for name, teacher in teachers.items():
-        readers = [term for term in objective.terms.values() if name in terms.teachers_read(term, list(teachers))]
-        teacher.read = set().union(*map(teacher_towers_read, readers))
-    return config.model_copy(update={"objective": objective})
+        teacher.read = towers_read(config, name) - (stores[name].towers if name in stores else set())
+    return config
 
 
-def build_loader(config: TrainConfig, student: Student, teachers: dict[str, Teacher]) -> TrainLoader:
+def towers_read(config: TrainConfig, name: str) -> set[str]:
+    """Of "image" and "text" the towers of a teacher that terms read, once `fit_models` has matched theirs."""
+    objective, names = config.objective, list(teachers_of(config))
+    readers = [term for term in objective.terms.values() if name in terms.teachers_read(term, names)]
+    return set().union(*map(teacher_towers_read, readers))
+
+
+def open_stores(config: TrainConfig) -> dict[str, EmbeddingStore]:
+    """By teacher: the features on disk that terms read. Raises ConfigError for a store that cannot be read."""
+    sections = {name: section for name, section in teachers_of(config).items() if section.store is not None}
+    opened = {
+        name: EmbeddingStore(section.store, key=f"{key_of(name)}.store", towers=towers_read(config, name))
+        for name, section in sections.items()
+    }
+    return {name: store for name, store in opened.items() if store.towers}
+
+
+def build_loader(config: TrainConfig, student: Student, teachers: Teachers) -> TrainLoader:
     """Of this rank's part of every global batch. Raises ConfigError for unusable data."""
     return TrainLoader(
         config.data,
@@ -77,12 +111,11 @@ def build_loader(config: TrainConfig, student: Student, teachers: dict[str, Teac
         rank=distributed.rank(),
         world_size=distributed.world_size(),
         accumulate=config.train.accumulate,
+        stores=open_stores(config),
     )
 
 
-def build_objective(
-    config: TrainConfig, student: Student, teachers: dict[str, Teacher], loader: TrainLoader
-) -> Objective:
+def build_objective(config: TrainConfig, student: Student, teachers: Teachers, loader: TrainLoader) -> Objective:
     """For what these models and data are. Raises ConfigError for terms that do not fit them."""
     specs = {name: teacher.spec for name, teacher in teachers.items()}
     sizes = {"num_samples": loader.num_samples, "global_batch": loader.global_batch}
@@ -119,7 +152,7 @@ def remarks(config: TrainConfig, student: Student) -> list[str]:
     return said
 
 
-def _class_embeddings(config: TrainConfig, student: Student, teachers: dict[str, Teacher]) -> dict[str, Tensor]:
+def _class_embeddings(config: TrainConfig, student: Student, teachers: Teachers) -> dict[str, Tensor]:
     """[C, d] by the term that uses them. Raises ConfigError when they are not of the student's width."""
     found = {}
     for name, term in config.objective.terms.items():
@@ -127,6 +160,11 @@ def _class_embeddings(config: TrainConfig, student: Student, teachers: dict[str,
             continue
         key = f"objective.terms.{name}.classes"
         teacher = teachers.get(term.teacher or next(iter(teachers), None))
+        if isinstance(teacher, StoredTeacher) and not term.classes.endswith(".safetensors"):
+            raise ConfigError(
+                f"{key}: class names are embedded by a live teacher, this one has placement=cached: embed them once,"
+                f" kd-accel embed ... prompts={term.classes} out=classes.safetensors, and name that file"
+            )
         found[name] = class_embeddings(term.classes, templates=term.templates, teacher=teacher, key=key)
         check_class_width(key, found[name], student.widths)
     return found

@@ -42,6 +42,7 @@ LATEST, FILES = "latest", "files.json"
 FIXED = ("seed", "student", "teacher", "teachers", "objective", "data")
 FREE = ("data.num_workers", "data.max_bad_fraction", "data.batch_size", "data.global_batch_size")
 FREE += ("objective.chunk_rows", "objective.memory", "student.grad_checkpointing", "teacher.placement")
+FREE += ("teacher.store",)
 PARTIAL = ".partial_"  # begins the name of a checkpoint that is being written
 
 
@@ -267,7 +268,7 @@ def check_config(checkpoint: Path, config: TrainConfig, *, global_batch: int) ->
 
 
 def _is_free(key: str) -> bool:
-    return key in FREE or re.fullmatch(r"teachers\.\w+\.placement", key) is not None
+    return key in FREE or re.fullmatch(r"teachers\.\w+\.(placement|store)", key) is not None
 
 
 def _flush(path: Path) -> None:

@@ -21,6 +21,7 @@ from kd_accel.models.teacher import Teacher
 from kd_accel.random_state import RandomState
 from kd_accel.replay import check_same, unchanged_buffers
 from kd_accel.schema import ConfigError
+from kd_accel.stored_teacher import StoredTeacher
 from kd_accel.types import Batch
 
 Rows = dict[str, Tensor]  # features by name, [b, d] each
@@ -33,12 +34,12 @@ class Engine:
         self,
         accelerator,
         student: Student,
-        teachers: dict[str, Teacher],
+        teachers: dict[str, Teacher | StoredTeacher],
         *,
         optimizer: torch.optim.Optimizer,
         config: TrainConfig,
     ):
-        """Prepare student and optimizer, and with them every teacher whose placement is not `replicated`.
+        """Prepare student and optimizer, and with them every teacher whose placement is `engine`.
 
         Raises ConfigError for a teacher that the engine cannot hold.
         """
@@ -51,12 +52,13 @@ class Engine:
                 "FSDP2 shards weights of one dtype, and a frozen teacher has another: set teacher.placement=replicated"
             )
         self.student = student
+        live = {name: teacher for name, teacher in teachers.items() if isinstance(teacher, Teacher)}
         if config.precision == "bf16":
-            for teacher in teachers.values():
+            for teacher in live.values():
                 teacher.to(torch.bfloat16)  # frozen: no master weights to keep
         inside = {name for name, section in teachers_of(config).items() if section.placement == "engine"}
-        self.replicated = {n: t.to(accelerator.device) for n, t in teachers.items() if n not in inside}
-        pair = Pair(student, {name: teacher for name, teacher in teachers.items() if name in inside})
+        self.replicated = {n: t.to(accelerator.device) for n, t in live.items() if n not in inside}
+        pair = Pair(student, {name: teacher for name, teacher in live.items() if name in inside})
         _check_coverage(pair, optimizer)
         frozen = frozen_weights(student, dict(student.named_parameters()))
         # DeepSpeed makes its fp32 masters from the weights after their rounding to bf16: keep the exact ones for them.

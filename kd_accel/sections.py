@@ -173,7 +173,7 @@ class StudentConfig(Schema):
 
 
 class TeacherConfig(Schema):
-    """The frozen model that is learned from: give `arch` and `pretrained`, or `path`."""
+    """The frozen model that is learned from: give `arch` and `pretrained`, or `path`; or its features in a `store`."""
 
     arch: str | None = None
     """An open_clip architecture, or a model of another package, which brings its weights: timm/NAME, torchvision/NAME,
@@ -184,8 +184,12 @@ class TeacherConfig(Schema):
     """An open_clip tag of the architecture, or a weights file."""
     path: str | None = None
     """A release directory (open_clip_config.json beside its weights), or one of our runs (its newest checkpoint)."""
-    placement: Literal["engine", "replicated"] = "engine"
-    """engine: in the prepared module (ZeRO-3 partitions it). replicated: a whole copy per process, outside of it."""
+    placement: Literal["engine", "replicated", "int8", "cached"] = "engine"
+    """engine: in the prepared module (ZeRO-3 partitions it). replicated: a whole copy per process, outside of it.
+
+    int8: like replicated, its matrices in 8 bits: a quarter of the bytes. cached: only its features, from the store."""
+    store: str | None = None
+    """What kd-accel embed wrote of this teacher. Towers that are in it are read from it, the others run."""
     pooling: Literal["mean", "cls", "max", "last", "pooler"] = "mean"
     """How a text encoder of hf/ makes one embedding of its tokens."""
     output: Literal["backbone", "head"] = "backbone"
@@ -197,12 +201,16 @@ class TeacherConfig(Schema):
 
     @model_validator(mode="after")
     def _one_source(self):
+        if self.placement == "cached" and self.store is None:
+            raise ValueError("placement=cached reads features from disk: set store, to what kd-accel embed wrote")
+        if self.path is not None and self.pretrained is not None:
+            raise ValueError("path already names the weights: drop pretrained")
+        if self.placement == "cached" and (self.path is None or self.arch is None):
+            return self
         if (self.path is None) == (self.arch is None):
             raise ValueError("give either path, or arch with pretrained")
         if self.arch is not None:
             self._weights_are_named()
-        if self.path is not None and self.pretrained is not None:
-            raise ValueError("path already names the weights: drop pretrained")
         return self
 
     def _weights_are_named(self) -> None:

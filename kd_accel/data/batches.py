@@ -59,7 +59,7 @@ class BatchMaker:
         self._config, self._seed, self._stores = config, seed, stores or {}
         size = largest(contracts.values())
         wanted = None if size is None else Views(size, config.augment, seed)
-        of_images = {name: store.views for name, store in self._stores.items() if "image" in store.towers}
+        of_images = {name: store.views for name, store in self._stores.items() if store.views is not None}
         self._views = shared_views(wanted, of_images)
         texts = {name: contract.text for name, contract in contracts.items() if contract.text is not None}
         self._kinds = {name: _kind(text) for name, text in texts.items()}
@@ -69,7 +69,9 @@ class BatchMaker:
         self.reads_captions = bool(texts) or any("text" in store.towers for store in self._stores.values())
 
     def row(self, sample: Sample, epoch: int) -> Row:
-        """The sample in `epoch`; raises BadSample."""
+        """The sample in `epoch`; raises BadSample, also for one that was unusable when its features were stored."""
+        for store in self._stores.values():
+            store.check(sample.id)
         text, number = "", 0
         if self.reads_captions:
             text, number = draw_text(sample, self._config, seed=self._seed, epoch=epoch)

@@ -1,76 +1,33 @@
 """A teacher's features on disk, by sample: what `kd-accel embed` writes and training reads in the teacher's place.
 
-    STORE/store.json           whose features they are, of which views and captions (StoreInfo)
-    STORE/NNNNN.safetensors    one per shard of the data, of the same name; rows in the shard's order
-        image        [n, V, d]     of each of V views
-        text         [m, d]        of every text of every sample, one sample's after the other's
-        text_starts  [n + 1]       where each sample's texts begin
-        *_scale      [n, V], [m]   int8 only: what a row's integers are multiplied by
-
-A file holds the SHA-256 of its samples' keys, and is complete or absent. n samples, m texts, V views, d width.
+n samples of a shard, V views, b rows that are asked for, d width; store_files.py says what a store's files hold.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-from collections import Counter
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from kd_accel.augment_config import AugmentConfig
-from kd_accel.data.source import Source
-from kd_accel.data.views import Views
+from kd_accel.data.source import BadSample, Source
+from kd_accel.data.store_files import (
+    Shard,
+    StoreInfo,
+    captions_of,
+    keys_sha256,
+    map_shard,
+    shard_names,
+    shard_starts,
+    views_of,
+)
 from kd_accel.schema import ConfigError, LocalError
+from kd_accel.sections import DataConfig
 
-INFO = "store.json"
-FORMAT = "kd_accel.store/1"
 MAX_OPEN = 64  # shards per process
 TOWERS = ("image", "text")
-
-
-@dataclass(frozen=True)
-class StoreInfo:
-    """What has to be alike for stored features to stand for a live teacher's."""
-
-    teacher: dict[str, Any]  # the section that named it: arch, pretrained, path
-    weights_sha256: str
-    preprocess_sha256: str  # of its input contract
-    embed_dim: int
-    logit_scale: float
-    logit_bias: float | None
-    towers: list[str]
-    views: dict[str, Any] | None  # of the images: size, augment, seed, count
-    templates: list[str]  # of the captions
-    dtype: str  # fp16 | bf16 | int8
-    format: str = FORMAT
-
-    def write(self, folder: Path) -> None:
-        """STORE/store.json, atomically."""
-        temporary = folder / f".{INFO}.tmp"
-        temporary.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
-        os.replace(temporary, folder / INFO)
-
-    @staticmethod
-    def read(folder: Path, key: str) -> StoreInfo:
-        """Raises ConfigError, which begins with `key`, where there is no readable store."""
-        try:
-            values = json.loads((folder / INFO).read_text(encoding="utf-8"))
-            info = StoreInfo(**values)
-        except FileNotFoundError:
-            raise ConfigError(f"{key}: {folder} holds no {INFO}: make the store with kd-accel embed") from None
-        except (OSError, ValueError, TypeError) as error:
-            raise ConfigError(f"{key}: {folder / INFO} cannot be read: {error}") from None
-        if info.format != FORMAT:
-            raise ConfigError(f"{key}: {folder} is a store of format {info.format}, this version reads {FORMAT}")
-        return info
 
 
 class EmbeddingStore:
@@ -78,7 +35,7 @@ class EmbeddingStore:
 
     info     whose features they are
     towers   of "image" and "text" those that are read
-    views    how the views were made that the image features are of; None without image features
+    views    the views that the image features are of; None where none are read, and for features of other programs
     """
 
     def __init__(self, folder: str | Path, *, key: str = "teacher.store", towers: set[str] | None = None):
@@ -86,23 +43,25 @@ class EmbeddingStore:
         self.folder, self._key = Path(folder), key
         self.info = StoreInfo.read(self.folder, key)
         self.towers = set(self.info.towers) & (set(TOWERS) if towers is None else towers)
-        self.views = None if self.info.views is None else views_of(self.info.views)
+        known = self.info.views if "image" in self.towers else None
+        self.views = None if known is None else views_of(known)
+        self._sha256 = self.info.sha256()
         self._source: Source | None = None
         self._starts, self._names = np.zeros(1, dtype=np.int64), []
-        self._open: dict[int, dict[str, np.ndarray]] = {}  # shard -> arrays, least recently used first
+        self._open: dict[int, Shard] = {}  # least recently used first
+        self._checked: set[int] = set()  # shards whose samples are the source's
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_open": {}}
 
-    def attach(self, source: Source, templates: list[str]) -> None:
+    def attach(self, source: Source, data: DataConfig) -> None:
         """Say whose samples they are. Raises ConfigError where a shard is not in the store, or not as it was stored."""
-        if "text" in self.towers and templates != self.info.templates:
+        if "text" in self.towers and captions_of(data) != self.info.captions:
             raise ConfigError(
-                f"{self._key}: the store holds captions in the templates {self.info.templates}, data.templates is"
-                f" {templates}: take the store's, or embed again"
+                f"{self._key}: the store holds texts of {_words(self.info.captions)}, this run has"
+                f" {_words(captions_of(data))}: take the store's, or embed again"
             )
-        self._source, self._names = source, shard_names(source)
-        self._starts = np.concatenate([[0], np.cumsum(source.shard_sizes)])
+        self._source, self._names, self._starts = source, shard_names(source), shard_starts(source)
         missing = [name for name in self._names if not (self.folder / name).is_file()]
         if missing:
             raise ConfigError(
@@ -111,98 +70,105 @@ class EmbeddingStore:
             )
         self._map(0)
 
+    def check(self, sample_id: int) -> None:
+        """Raises BadSample for a sample that could not be read when the store was made, with the reason of then."""
+        shard = self._shard_of(sample_id)
+        if (reason := self._map(shard).bad.get(sample_id - int(self._starts[shard]))) is not None:
+            raise BadSample(reason)
+
     def read(self, ids: np.ndarray, *, view: int, texts: np.ndarray) -> dict[str, Tensor]:
-        """{"image": [b, d], "text": [b, d]} of samples `ids` [b].
+        """{"image": [b, d], "text": [b, d]} of samples `ids` [b], of which none is bad.
 
         `view` is counted modulo V, `texts` [b] are the numbers of the samples' texts. Raises LocalError for a damaged
-        file, or one of other samples.
+        file, one of other samples, and a text that was not stored.
         """
         shards = np.searchsorted(self._starts, ids, side="right") - 1
         found: dict[str, Tensor] = {}
         for shard in np.unique(shards):
-            arrays, mine = self._map(int(shard)), np.flatnonzero(shards == shard)
+            arrays, mine = self._map(int(shard)).arrays, np.flatnonzero(shards == shard)
             rows = ids[mine] - self._starts[shard]
             for tower in self.towers:
-                place = (
-                    (rows, view % arrays["image"].shape[1])
-                    if tower == "image"
-                    else arrays["text_starts"][rows] + texts[mine]
-                )
+                if tower == "image":
+                    place = rows, view % arrays["image"].shape[1]
+                else:
+                    place = self._text_rows(arrays["text_starts"], rows, texts[mine], int(shard))
                 values = self._values(arrays, tower, place)
                 if tower not in found:
                     found[tower] = values.new_empty(len(ids), values.shape[1])
                 found[tower][torch.from_numpy(mine)] = values
         return found
 
+    def shards(self) -> Iterator[tuple[str, list[str], Tensor]]:
+        """(file name, keys, image features [n, d] of the first view) of every shard; nan rows where one is bad."""
+        for shard, name in enumerate(self._names):
+            ids = range(int(self._starts[shard]), int(self._starts[shard + 1]))
+            keys = [self._source.key(i) for i in ids]
+            yield name, keys, self._values(self._map(shard).arrays, "image", (np.arange(len(ids)), 0))
+
+    def bad_samples(self) -> Iterator[dict]:
+        """{id, key, shard, reason} of every sample that could not be read when the store was made."""
+        for shard, start in enumerate(self._starts[:-1]):
+            for row, reason in self._map(shard).bad.items():
+                i = int(start) + row
+                yield {"id": i, "key": self._source.key(i), "shard": self._source.shard(i), "reason": reason}
+
+    def _shard_of(self, sample_id: int) -> int:
+        return int(np.searchsorted(self._starts, sample_id, side="right")) - 1
+
+    def _text_rows(self, starts: np.ndarray, rows: np.ndarray, texts: np.ndarray, shard: int) -> np.ndarray:
+        found = starts[rows] + texts
+        if (outside := np.flatnonzero(found >= starts[rows + 1])).size:
+            sample = int(self._starts[shard] + rows[outside[0]])
+            raise LocalError(
+                f"{self._key}: sample {self._source.key(sample)} in {self._source.shard(sample)} has more texts than"
+                f" {self.folder} holds of it: its captions changed; delete {self._names[shard]} there and embed again"
+            )
+        return found
+
     def _values(self, arrays: dict[str, np.ndarray], tower: str, place) -> Tensor:
-        values = torch.from_numpy(np.ascontiguousarray(arrays[tower][place]))
+        values = torch.from_numpy(arrays[tower][place])
         match self.info.dtype:
             case "bf16":
                 return values.view(torch.bfloat16)  # numpy has no bf16: the bits were mapped as int16
             case "int8":
-                return values.float() * torch.from_numpy(np.ascontiguousarray(arrays[f"{tower}_scale"][place]))[:, None]
+                return values.float() * torch.from_numpy(arrays[f"{tower}_scale"][place])[:, None]
         return values
 
-    def _map(self, shard: int) -> dict[str, np.ndarray]:
+    def _map(self, shard: int) -> Shard:
         if shard in self._open:
             self._open[shard] = self._open.pop(shard)  # now the most recently used
             return self._open[shard]
         if len(self._open) == MAX_OPEN:
             self._open.pop(next(iter(self._open)))
         path = self.folder / self._names[shard]
-        arrays, metadata = map_file(path, self._key)
+        mapped = map_shard(path, self._key)
+        if shard not in self._checked:
+            if problem := self._problem(shard, mapped.metadata):
+                raise LocalError(f"{self._key}: {path} {problem}; delete the file and run kd-accel embed again")
+            self._checked.add(shard)
+        self._open[shard] = mapped
+        return mapped
+
+    def _problem(self, shard: int, metadata: dict) -> str | None:
+        """What is wrong with a file: whether it belongs to this store, and to these samples."""
         ids = range(int(self._starts[shard]), int(self._starts[shard + 1]))
+        if metadata.get("store_sha256") != self._sha256:
+            return "belongs to another store"
         if metadata.get("keys_sha256") != keys_sha256(self._source, ids):
-            raise LocalError(
-                f"{self._key}: {path} holds features of other samples than {self._source.shard(ids[0])}: the shard was"
-                " replaced or packed again; delete the file and run kd-accel embed again"
+            return (
+                f"holds features of other samples than {self._source.shard(ids[0])}, which was replaced or packed anew"
             )
-        self._open[shard] = arrays
-        return arrays
+        if self.views is not None and metadata.get("first_id") != ids[0]:
+            return (
+                f"holds features of views that were drawn for samples {metadata.get('first_id')}, ..., which are now"
+                f" {ids[0]}, ...: shards before it were added or dropped"
+            )
+        return None
 
 
-def views_of(values: dict[str, Any]) -> Views:
-    """Views as store.json describes them."""
-    return Views(tuple(values["size"]), AugmentConfig(**values["augment"]), values["seed"], values["count"])
-
-
-def shard_names(source: Source) -> list[str]:
-    """A file name for each shard: its own file's; blocks of one file, and files of one name, are numbered."""
-    starts = np.concatenate([[0], np.cumsum(source.shard_sizes)])[:-1]
-    stems = [Path(source.shard(int(start))).stem for start in starts]
-    total, seen, names = Counter(stems), Counter(), []
-    for stem in stems:
-        names.append(f"{stem}.safetensors" if total[stem] == 1 else f"{stem}-{seen[stem]:05d}.safetensors")
-        seen[stem] += 1
-    return names
-
-
-def keys_sha256(source: Source, ids: range) -> str:
-    """Of the keys of some samples, in order."""
-    return hashlib.sha256("\n".join(source.key(i) for i in ids).encode("utf-8", "backslashreplace")).hexdigest()
-
-
-def map_file(path: Path, key: str) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """(arrays by name, mapped and not read, metadata) of a safetensors file; raises LocalError for a damaged one."""
-    try:
-        with safe_open(path, framework="np") as file:  # checks sizes and offsets
-            metadata = file.metadata() or {}
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length))
-    except (OSError, SafetensorError, ValueError) as error:
-        raise LocalError(f"{key}: {path} cannot be read ({error}): delete it and run kd-accel embed again") from None
-    header.pop("__metadata__", None)
-    return {
-        name: np.memmap(
-            path,
-            dtype=_NUMPY[entry["dtype"]],
-            mode="r",
-            offset=8 + length + entry["data_offsets"][0],
-            shape=tuple(entry["shape"]),
-        )
-        for name, entry in header.items()
-    }, metadata
-
-
-_NUMPY = {"F16": np.float16, "BF16": np.int16, "I8": np.int8, "F32": np.float32, "I64": np.int64}
+def _words(captions: dict | None) -> str:
+    """Of StoreInfo.captions."""
+    if captions is None:
+        return "no known captions"
+    fields = [" + ".join(str(name) for name in given if name) for given in captions["fields"]]
+    return f"data.templates={captions['templates']} with data.caption={', '.join(fields)}"

@@ -60,7 +60,7 @@ class TrainLoader:
         wanted = {"images": self._maker.reads_images, "captions": self._maker.reads_captions}
         source, passes = open_source(config, **wanted)
         for store in (stores or {}).values():
-            store.attach(source, config.templates)
+            store.attach(source, config)
         self.batch_size = rows_per_micro_batch(config, world_size, accumulate)
         self.accumulate = accumulate
         self.global_batch = self.batch_size * accumulate * world_size

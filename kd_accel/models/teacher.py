@@ -35,7 +35,7 @@ class Teacher(nn.Module):
         Raises ConfigError when the model or its weights are not to be had.
         """
         super().__init__()
-        key = name if name == "teacher" else f"teachers.{name}"
+        key = key_of(name)
         if name in dir(nn.ModuleDict()):
             raise ConfigError(f"{key}: torch's modules have an attribute of that name: give the teacher another")
         with torch.random.fork_rng(devices=[]):
@@ -76,3 +76,8 @@ class Teacher(nn.Module):
         if "text" in self.read:
             features["text"] = encode_text(self.clip, text)
         return features
+
+
+def key_of(name: str) -> str:
+    """The section of the config that a teacher of this name comes from."""
+    return name if name == "teacher" else f"teachers.{name}"
