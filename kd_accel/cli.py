@@ -13,6 +13,7 @@ from typing import Any, ClassVar, get_origin
 
 from kd_accel import __version__
 from kd_accel.config import DemoConfig, EvalConfig, IndexConfig, ReportConfig, TrainConfig
+from kd_accel.embed_config import EmbedConfig
 from kd_accel.filter_config import FilterConfig
 from kd_accel.help import explain
 from kd_accel.pack_config import PackConfig
@@ -29,6 +30,7 @@ class HelpConfig(Schema):
 
 VERBS = {
     "train": (TrainConfig, "kd_accel.train:run", "train a student, beside its frozen teacher or alone"),
+    "embed": (EmbedConfig, "kd_accel.embed.verb:run", "store a teacher's features, for training without the teacher"),
     "eval": (EvalConfig, "kd_accel.evals.suite:run", "zero-shot classification and retrieval of a run or a release"),
     "pack": (PackConfig, "kd_accel.pack:run", "any data as indexed webdataset shards, resized on the way"),
     "index": (IndexConfig, "kd_accel.data.index:run", "list the samples of webdataset tars, once, before training"),

@@ -16,14 +16,23 @@ PACKAGE = Path(__file__).resolve().parent.parent / "kd_accel"
 # A folder stands for its files, unless one of them is named by itself.
 LAYERS = (
     (
-        "__init__ types schema schedules terms augment_config sections config pack_config filter_config download_config help",
+        "__init__ types schema schedules terms augment_config cache_config sections config"
+        " pack_config filter_config download_config embed_config help",
     ),
     ("distributed", "losses", "random_state signals logs"),
     ("trim",),
     ("memory", "models", "data", "blame", "replay"),
-    ("objective own_optimizer chunks temperature bindings recall fit",),
+    ("objective own_optimizer chunks temperature bindings recall fit", "stored_teacher"),
     ("launch engine masters optim lamb metrics checkpoint memory_files saver bad_samples assembly episodes evals",),
-    ("train", "evals.suite", "report pictures runs", "filter prompts scoring selection knn", "pack", "download"),
+    (
+        "train",
+        "embed",
+        "evals.suite",
+        "report pictures runs",
+        "filter prompts scoring selection knn",
+        "pack",
+        "download",
+    ),
     ("demo",),  # runs the other verbs
     ("cli __main__",),
 )

@@ -28,14 +28,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from kd_accel.augment_config import AugmentConfig
 from kd_accel.config import sources_of
 from kd_accel.data.source import Source
 from kd_accel.data.views import Views
 from kd_accel.schema import ConfigError, LocalError
-from kd_accel.sections import AugmentConfig, DataConfig
+from kd_accel.sections import DataConfig
 
 INFO = "store.json"
 FORMAT = "kd_accel.store/1"
+METADATA = "kd_accel"  # one text of JSON: safetensors writes several in an order of its own each time
 _NUMPY = {"F16": np.float16, "BF16": np.int16, "I8": np.int8, "F32": np.float32, "I64": np.int64}
 
 
@@ -86,7 +88,7 @@ class Shard:
     """A mapped file."""
 
     arrays: dict[str, np.ndarray]  # by name
-    metadata: dict[str, str]
+    metadata: dict[str, Any]
     bad: dict[int, str]  # row -> why the sample could not be read
 
 
@@ -148,7 +150,7 @@ def save_shard(path: Path, features: dict[str, Tensor], *, dtype: str, starts: T
         packed, scale = pack_rows(rows, dtype)
         tensors |= {tower: packed.contiguous()} | ({} if scale is None else {f"{tower}_scale": scale.contiguous()})
     temporary = path.with_name(f".{path.name}.tmp")
-    save_file(tensors, temporary, metadata={name: json.dumps(value) for name, value in metadata.items()})
+    save_file(tensors, temporary, metadata={METADATA: json.dumps(metadata)})
     os.replace(temporary, path)
 
 
@@ -160,7 +162,7 @@ def map_shard(path: Path, key: str) -> Shard:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(length))
-        metadata = {name: json.loads(value) for name, value in header.pop("__metadata__").items()}
+        metadata = json.loads(header.pop("__metadata__")[METADATA])
         bad = {int(row): reason for row, reason in metadata["bad"].items()}
     except (OSError, SafetensorError, ValueError, KeyError) as error:
         raise LocalError(f"{key}: {path} cannot be read ({error}): delete it and run kd-accel embed again") from None

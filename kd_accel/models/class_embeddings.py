@@ -32,16 +32,24 @@ def class_embeddings(path: str, *, templates: list[str], teacher: Teacher | None
         raise ConfigError(f"{key}: no such file: {path}")
     if file.suffix == ".safetensors":
         return F.normalize(_stored(file, key), dim=1)
-    names = _names(file, key)
+    names = read_names(file, key)
+    if len(names) < 2:
+        raise ConfigError(f"{key}: {file} holds {len(names)} class names, one per line; at least 2 are needed")
     if not templates or any("{}" not in template for template in templates):
         where = f"{key.removesuffix('classes')}templates"
         raise ConfigError(f"{where}: every one needs {{}}, where the class name goes, and there is at least one")
     assert teacher is not None, "the config asks for a teacher where class names are to be embedded"
+    return prompt_embeddings(names, templates, teacher)
+
+
+def prompt_embeddings(names: list[str], templates: list[str], teacher: Teacher) -> Tensor:
+    """[C, d] fp32 unit rows: of each name the mean of the unit embeddings of it in every template."""
     rows = _embed([template.replace("{}", name) for name in names for template in templates], teacher)  # [C * P, d]
     return F.normalize(rows.unflatten(0, (len(names), len(templates))).mean(dim=1), dim=1)
 
 
-def _names(file: Path, key: str) -> list[str]:
+def read_names(file: Path, key: str) -> list[str]:
+    """The lines of a file. Raises ConfigError, which begins with `key`, for an empty one in between."""
     try:
         names = [line.strip() for line in file.read_text(encoding="utf-8").rstrip().splitlines()]
     except (OSError, UnicodeDecodeError) as error:
@@ -50,8 +58,6 @@ def _names(file: Path, key: str) -> list[str]:
         raise ConfigError(
             f"{key}: {file}: line {names.index('') + 1} is empty; a label is the number of its line, from 0"
         )
-    if len(names) < 2:
-        raise ConfigError(f"{key}: {file} holds {len(names)} class names, one per line; at least 2 are needed")
     return names
 
 

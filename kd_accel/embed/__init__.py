@@ -1,0 +1,1 @@
+"""kd-accel embed: a teacher's features on disk."""
