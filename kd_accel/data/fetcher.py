@@ -62,7 +62,7 @@ class Fetcher:
         )
         cache = self._cache
         settings = {"folder": str(cache.folder), "max_bytes": cache.max_bytes, "patience": asdict(cache.patience)}
-        weakref.finalize(self, _end, process)
+        weakref.finalize(self, _end, process, os.getpid())
         _write_line(process, {**settings, "downloads": self._downloads})
         return process
 
@@ -76,10 +76,13 @@ def _write_line(process: subprocess.Popen, message: Any) -> None:
     process.stdin.flush()
 
 
-def _end(process: subprocess.Popen) -> None:
-    with suppress(BrokenPipeError):
-        process.stdin.close()
-    process.wait()
+def _end(process: subprocess.Popen, owner: int) -> None:
+    """End the process from the one that started it; loader workers, which are forked from that, have a copy of this."""
+    if os.getpid() == owner:
+        process.kill()  # not by the end of its input alone, which forked workers hold open: a part is gone on from
+        with suppress(BrokenPipeError):
+            process.stdin.close()
+        process.wait()
 
 
 def _main() -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import time
@@ -154,6 +156,30 @@ os.kill(os.getpid(), signal.SIGKILL)
     words = [sys.executable, "-c", code]
     pid = int(subprocess.run(words, stdout=subprocess.PIPE, check=False, timeout=60).stdout)
     wait_until(lambda: not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)
+
+
+def test_forked_workers_neither_end_the_fetcher_nor_keep_it(server, cache):
+    """They have a copy of everything: of the object that ends it, and of its open input."""
+    shards = RemoteShards(expand_urls(f"{server.url}/d", cache), cache)
+    shards.prefetch([0])
+    fetcher = shards._fetcher._process
+    ready, done = os.pipe()
+    worker = os.fork()
+    if worker == 0:
+        del shards
+        gc.collect()
+        os.write(done, b"1")
+        time.sleep(60)
+        os._exit(0)
+    os.read(ready, 1)
+    assert fetcher.poll() is None
+    del shards
+    gc.collect()
+    assert fetcher.poll() is not None
+    os.kill(worker, signal.SIGKILL)
+    os.waitpid(worker, 0)
+    os.close(ready)
+    os.close(done)
 
 
 def test_workers_get_a_copy(server, cache):
