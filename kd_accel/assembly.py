@@ -9,8 +9,12 @@ from torch import Tensor, nn
 from kd_accel import distributed, terms
 from kd_accel.bindings import features_read, teacher_towers_read
 from kd_accel.config import TeacherConfig, TrainConfig, teachers_of
+from kd_accel.data.batches import BatchMaker
 from kd_accel.data.embeddings import EmbeddingStore
-from kd_accel.data.loader import TrainLoader
+from kd_accel.data.loader import TrainLoader, rows_per_micro_batch
+from kd_accel.data.open import tar_fields
+from kd_accel.data.stream import TarStream, expand_streams
+from kd_accel.data.stream_loader import StreamLoader
 from kd_accel.fit import check_class_width, check_fit, check_towers, match_towers
 from kd_accel.models.class_embeddings import class_embeddings
 from kd_accel.models.inherit import inherit
@@ -102,16 +106,23 @@ def open_stores(config: TrainConfig) -> dict[str, EmbeddingStore]:
     return {name: store for name, store in opened.items() if store.towers}
 
 
-def build_loader(config: TrainConfig, student: Student, teachers: Teachers) -> TrainLoader:
+def build_loader(config: TrainConfig, student: Student, teachers: Teachers) -> TrainLoader | StreamLoader:
     """Of this rank's part of every global batch. Raises ConfigError for unusable data."""
-    return TrainLoader(
-        config.data,
-        contracts={name: model.wants for name, model in {"student": student, **teachers}.items()},
-        seed=config.seed,
-        rank=distributed.rank(),
-        world_size=distributed.world_size(),
-        accumulate=config.train.accumulate,
-        stores=open_stores(config),
+    contracts = {name: model.wants for name, model in {"student": student, **teachers}.items()}
+    ranks = {"rank": distributed.rank(), "world_size": distributed.world_size()}
+    dealt = {"seed": config.seed, "accumulate": config.train.accumulate, **ranks}
+    if config.data.loader == "indexed":
+        return TrainLoader(config.data, contracts=contracts, stores=open_stores(config), **dealt)
+    data, maker = config.data, BatchMaker(config.data, contracts, seed=config.seed)
+    fields = tar_fields(data, images=maker.reads_images, captions=maker.reads_captions)
+    urls = expand_streams(data.shards, allow_pipe=data.allow_pipe)
+    return StreamLoader(
+        TarStream(urls, seed=config.seed, buffer=data.stream_buffer, **fields),
+        maker,
+        samples_per_epoch=data.num_samples,
+        batch_size=rows_per_micro_batch(data, ranks["world_size"], config.train.accumulate),
+        num_workers=data.num_workers,
+        **dealt,
     )
 
 

@@ -33,7 +33,7 @@ def count_bad_samples(loader: TrainLoader, path: Path, *, before: int, samples: 
             for record in records:
                 file.write(json.dumps(record))
         log.warning("%d unreadable samples replaced so far, the last: %s", total, last)
-    judged = max(samples, min(loader.num_samples, MIN_SAMPLES_TO_JUDGE))
+    judged = max(samples, min(loader.steps_per_epoch * loader.global_batch, MIN_SAMPLES_TO_JUDGE))
     if total > max_fraction * judged:
         raise ConfigError(
             f"data.max_bad_fraction={max_fraction} allows fewer than the {total} unreadable samples so far; the last:"

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, get_origin
 
 from kd_accel import __version__
 from kd_accel.config import DemoConfig, EvalConfig, IndexConfig, ReportConfig, TrainConfig
+from kd_accel.download_config import DownloadConfig
 from kd_accel.embed_config import EmbedConfig
 from kd_accel.filter_config import FilterConfig
 from kd_accel.help import explain
@@ -33,8 +34,9 @@ VERBS = {
     "embed": (EmbedConfig, "kd_accel.embed.verb:run", "store a teacher's features, for training without the teacher"),
     "eval": (EvalConfig, "kd_accel.evals.suite:run", "zero-shot classification and retrieval of a run or a release"),
     "pack": (PackConfig, "kd_accel.pack:run", "any data as indexed webdataset shards, resized on the way"),
-    "index": (IndexConfig, "kd_accel.data.index:run", "list the samples of webdataset tars, once, before training"),
+    "index": (IndexConfig, "kd_accel.index:run", "list the samples of webdataset tars, once, before training"),
     "filter": (FilterConfig, "kd_accel.filter:run", "score images by prompts with a teacher, and keep the best ones"),
+    "download": (DownloadConfig, "kd_accel.download:run", "the images of a list of URLs as indexed webdataset shards"),
     "report": (ReportConfig, "kd_accel.report:run", "one HTML page with the curves and results of runs"),
     "demo": (DemoConfig, "kd_accel.demo:run", "the whole way, on handwritten digits and two CPU cores"),
     "config": (TrainConfig, "kd_accel.cli:print_config", "check config files of train and print what they come to"),

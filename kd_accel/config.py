@@ -10,6 +10,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from kd_accel.cache_config import CacheConfig
 from kd_accel.schema import Schema
 from kd_accel.sections import (
     DataConfig,
@@ -76,6 +77,16 @@ class TrainConfig(Schema):
             raise ValueError(f"objective.terms.{labelled[0]} needs labels: set {key}, for instance to cls")
         return self
 
+    @model_validator(mode="after")
+    def _stream_fits_terms(self):
+        if self.data.loader == "indexed":
+            return self
+        if remembering := [name for name, term in self.objective.terms.items() if term.needs_ids]:
+            raise ValueError(f"objective.terms.{remembering[0]} remembers samples by id: data.loader=stream has none")
+        if stored := [name for name, teacher in teachers_of(self).items() if teacher.store is not None]:
+            raise ValueError(f"{stored[0]}.store has features by sample id: data.loader=stream has none")
+        return self
+
 
 def sources_of(data: DataConfig) -> dict[str, SourceConfig]:
     """Every source by the key of its section: the single one is "data" itself."""
@@ -92,7 +103,8 @@ class IndexConfig(Schema):
 
     positional: ClassVar[str] = "shards"
     shards: str | list[str]
-    """Folder of tars, or tars with brace ranges."""
+    """Folder of tars, or tars with brace ranges; remote ones are read once, and their index stays in the cache."""
+    cache: CacheConfig = CacheConfig()
 
 
 class EvalConfig(Schema):

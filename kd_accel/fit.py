@@ -29,7 +29,7 @@ def check_fit(
     *,
     widths: dict[str, int],
     teachers: dict[str, TeacherSpec],
-    num_samples: int,
+    num_samples: int | None,
     global_batch: int,
     own_bias: float | None,
 ) -> None:
@@ -48,7 +48,7 @@ def check_fit(
         if _compares(term):
             problems += _check_widths(key, term, widths, teachers)
         match term:
-            case terms.Compress() | terms.Seed() if term.queue_size > num_samples:
+            case terms.Compress() | terms.Seed() if num_samples is not None and term.queue_size > num_samples:
                 problems.append(
                     f"{key}.queue_size={term.queue_size} is larger than the data, {num_samples} samples: lower it"
                 )

@@ -11,6 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, field_validator, model_validator
 
 from kd_accel.augment_config import AugmentConfig
+from kd_accel.cache_config import CacheConfig
 from kd_accel.schedules import Scheduled
 from kd_accel.schema import Schema
 from kd_accel.terms import AnyTerm
@@ -24,7 +25,8 @@ class SourceConfig(Schema):
     shards: str | list[str] | None = None
     """Webdataset tars, with brace ranges: "data/{00000..00139}.tar"; a folder means every tar in it.
 
-    Index them once: kd-accel index FOLDER."""
+    Index them once: kd-accel index FOLDER. Addresses (http, https, s3, hf) are fetched ahead into cache."""
+    cache: CacheConfig = CacheConfig()
     table: str | list[str] | None = None
     """Files with a row per sample: csv, tsv, jsonl, parquet, COCO's or ALBEF's json, or txt with a caption per line."""
     folder: str | None = None
@@ -75,6 +77,14 @@ class DataConfig(SourceConfig):
 
     sources: dict[str, MixedSourceConfig | None] = {}
     """Several sources by name, each with its weight, in place of shards, table, folder or dataset."""
+    loader: Literal["indexed", "stream"] = "indexed"
+    """stream: tars as webdataset streams them, without an index; resume is approximate, and samples have no ids."""
+    num_samples: int | None = Field(None, gt=0)
+    """Of a stream: samples that are counted as an epoch."""
+    stream_buffer: int = Field(5000, gt=0)
+    """Of a stream: samples of a loader process that are mixed with each other."""
+    allow_pipe: bool = False
+    """Of a stream: shards may be commands, "pipe:aws s3 cp s3://... -"; they are run as they stand."""
     templates: list[str] = Field(["{}"], min_length=1)
     """What a caption, for instance a class name, is put into; of several every epoch draws one."""
     synthetic_probability: float = Field(0.5, ge=0, le=1)
@@ -104,6 +114,14 @@ class DataConfig(SourceConfig):
         self.__dict__["sources"] = kept
         if sum(getattr(self, kind) is not None for kind in self.KINDS) + bool(kept) != 1:
             raise ValueError(f"give exactly one of {', '.join(self.KINDS)} and sources")
+        return self
+
+    @model_validator(mode="after")
+    def _stream_fits(self):
+        if self.loader == "stream" and (self.shards is None or self.num_samples is None):
+            raise ValueError("loader=stream needs shards, and num_samples, which are counted as an epoch")
+        if self.loader == "indexed" and (self.num_samples is not None or self.allow_pipe):
+            raise ValueError("num_samples and allow_pipe belong to loader=stream; an index knows its samples")
         return self
 
     @model_validator(mode="after")
@@ -156,6 +174,8 @@ class StudentConfig(Schema):
     """Width of the embedding of timm/, torchvision/ and hf/ students; null: the teacher's."""
     image_size: int | None = Field(None, gt=0)
     """Pixels of a side that timm/ and torchvision/ students see; null: those of the published weights."""
+    context_length: int = Field(77, gt=0)
+    """Tokens of a caption that an hf/ student sees."""
     lock: dict[Literal["image", "text"], Annotated[int, Field(ge=0)]] = {}
     """Towers that are frozen but for their last N groups of layers (LiT, arXiv 2111.07991): {image: 0}."""
     preprocess: PreprocessConfig | None = None
@@ -192,6 +212,8 @@ class TeacherConfig(Schema):
     """What kd-accel embed wrote of this teacher. Towers that are in it are read from it, the others run."""
     pooling: Literal["mean", "cls", "max", "last", "pooler"] = "mean"
     """How a text encoder of hf/ makes one embedding of its tokens."""
+    context_length: int = Field(77, gt=0)
+    """Tokens of a caption that a text encoder of hf/ sees."""
     output: Literal["backbone", "head"] = "backbone"
     """Of an ssl/ checkpoint: the pooled features, or what its own head makes of them."""
     temperature: float | None = Field(None, gt=0)

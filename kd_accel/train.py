@@ -268,10 +268,11 @@ class Trainer:
         for line in assembly.remarks(self.config, self.student):
             log.warning("%s", line)
         micro_batches = f" x {loader.accumulate} micro-batches" if loader.accumulate > 1 else ""
+        samples = "a stream" if loader.num_samples is None else f"{loader.num_samples} samples"
         log.info(
-            f"%d samples; %d per process{micro_batches} x %d processes = %d samples per step; %d steps per epoch;"
+            f"{samples}; %d per process{micro_batches} x %d processes = %d samples per step; %d steps per epoch;"
             " %d steps in all",
-            *(loader.num_samples, loader.batch_size, ranks, loader.global_batch, loader.steps_per_epoch),
+            *(loader.batch_size, ranks, loader.global_batch, loader.steps_per_epoch),
             self.total_steps,
         )
         if held := self.objective.memory_bytes():

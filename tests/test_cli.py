@@ -68,7 +68,11 @@ def test_positional_words_go_to_the_verbs_field(words, expected):
     ("words", "expected"),
     [
         ("trian a.yaml", "unknown verb 'trian'; did you mean 'train'?"),
-        ("zzzzzz", "unknown verb 'zzzzzz'; one of train, eval, pack, index, filter, report, demo, config, help"),
+        (
+            "zzzzzz",
+            "unknown verb 'zzzzzz'; one of "
+            "train, embed, eval, pack, index, filter, download, report, demo, config, help",
+        ),
         ("help evla", "unknown verb 'evla'; did you mean 'eval'?"),
         ("train --lr 3", "'--lr': no flags; write key=value (kd-accel help train lists the keys)"),
         ("train -x=3", "'-x=3': no flags; write key=value (kd-accel help train lists the keys)"),

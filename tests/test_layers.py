@@ -32,6 +32,7 @@ LAYERS = (
         "filter prompts scoring selection knn",
         "pack",
         "download",
+        "index",
     ),
     ("demo",),  # runs the other verbs
     ("cli __main__",),

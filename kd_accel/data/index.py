@@ -22,7 +22,6 @@ import numpy as np
 from braceexpand import UnbalancedBracesError, braceexpand
 from tqdm import tqdm
 
-from kd_accel.config import IndexConfig
 from kd_accel.data.scan import Samples, scan
 from kd_accel.schema import ConfigError
 
@@ -49,14 +48,6 @@ class ShardIndex:
     def shard_sizes(self) -> np.ndarray:
         """[shards] int64, samples of each shard."""
         return np.diff(self.starts)
-
-
-def run(config: IndexConfig) -> None:
-    """Index `config.shards` and say what there is."""
-    paths = expand_shards(config.shards)
-    written, samples = build_index(paths, progress=True)
-    before = len(paths) - written
-    print(f"{samples:,} samples in {len(paths):,} shards: {written:,} indexed now, {before:,} already were.")
 
 
 def expand_shards(shards: str | list[str]) -> list[Path]:

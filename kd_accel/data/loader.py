@@ -18,6 +18,7 @@ from kd_accel.data.batches import BatchMaker, Joined, Row
 from kd_accel.data.embeddings import EmbeddingStore
 from kd_accel.data.open import open_source
 from kd_accel.data.order import epoch_order, num_batches, samples_per_epoch
+from kd_accel.data.read_ahead import ReadAhead
 from kd_accel.data.source import BadSample, Source
 from kd_accel.schema import ConfigError, LocalError
 from kd_accel.signals import stopping_left_to_the_parent
@@ -69,7 +70,7 @@ class TrainLoader:
         self.epoch, self.batches_done, self.bad_samples = 0, 0, []
         self._config, self._seed, self._rank = config, seed, rank
         self._shard_sizes, self._passes = source.shard_sizes, passes
-        self._rows = _Rows(source, self._maker)
+        self._source, self._rows = source, _Rows(source, self._maker)
 
     def __iter__(self) -> Iterator[list[Batch]]:
         """One set of workers serves all epochs: forking them anew would stall the devices at every epoch's start.
@@ -154,8 +155,10 @@ class TrainLoader:
         window = self._config.shuffle_window
         while True:
             dealt = {"seed": self._seed, "window": window, "global_batch": self.global_batch, "passes": self._passes}
-            order = epoch_order(self._shard_sizes, epoch=epoch, **dealt)
-            for ids in order[batches_done:, mine].reshape(-1, self.batch_size):
+            order = epoch_order(self._shard_sizes, epoch=epoch, **dealt)[batches_done:, mine]
+            ahead = ReadAhead(self._source, order)
+            for number, ids in enumerate(order.reshape(-1, self.batch_size)):
+                ahead.reach(number // self.accumulate)
                 yield epoch, ids
             epoch, batches_done = epoch + 1, 0
 

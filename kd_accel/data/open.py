@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 
 from kd_accel.config import sources_of
 from kd_accel.data.folders import open_folder
 from kd_accel.data.huggingface import open_dataset
 from kd_accel.data.index import expand_shards
+from kd_accel.data.remote import is_remote
+from kd_accel.data.remote_shards import RemoteShards, expand_urls, open_cache
 from kd_accel.data.shards import TarSource
 from kd_accel.data.source import Source, Sources
 from kd_accel.data.tables import open_table
@@ -22,6 +27,9 @@ def open_source(data: DataConfig, *, images: bool, captions: bool) -> tuple[Sour
     """
     sections = list(sources_of(data).values())
     opened = [open_one(section, images=images, captions=captions) for section in sections]
+    for source, section in zip(opened, sections, strict=True):
+        if source.is_remote:
+            source.require_room(min(len(source.paths), data.shuffle_window + section.cache.ahead))
     if not data.sources:
         return opened[0], None
     weights = [np.full(len(source.shard_sizes), s.weight) for source, s in zip(opened, sections, strict=True)]
@@ -51,12 +59,25 @@ def open_one(section: SourceConfig, *, images: bool, captions: bool) -> Source:
 def _open_tars(section: SourceConfig, *, images: bool, captions: bool) -> Source:
     if section.max_samples is not None:
         raise ConfigError("data.max_samples: tars are read whole; name fewer of them in data.shards")
-    wanted = {
+    return TarSource(_tars(section), **tar_fields(section, images=images, captions=captions))
+
+
+def tar_fields(section: SourceConfig, *, images: bool, captions: bool) -> dict[str, Any]:
+    """What of its members a source or stream of tars is to read."""
+    return {
+        "image": images,
         "captions": _fields(section.caption, "txt") if captions else [],
         "synthetic": _fields(section.synthetic) if captions else [],
         "label": section.label,
     }
-    return TarSource(expand_shards(section.shards), image=images, **wanted)
+
+
+def _tars(section: SourceConfig) -> list[Path] | RemoteShards:
+    entries = [section.shards] if isinstance(section.shards, str) else section.shards
+    if not any(map(is_remote, entries)):
+        return expand_shards(section.shards)
+    cache = open_cache(section.cache)
+    return RemoteShards(expand_urls(section.shards, cache), cache, downloads=section.cache.downloads)
 
 
 def _fields(given: str | list[str] | None, automatic: str | None = None) -> list[str]:

@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from kd_accel.data.columns import Fields
 from kd_accel.data.shards import MAX_LABEL_DIGITS
-from kd_accel.data.source import BadSample, Sample
+from kd_accel.data.source import BadSample, Sample, Source
 from kd_accel.schema import ConfigError
 
 BLOCK = 10_000  # rows that count as one shard
@@ -62,7 +62,7 @@ class ArrowRows:
         return None if data is None else data.to_pybytes().decode("utf-8", "backslashreplace")
 
 
-class RowSource:
+class RowSource(Source):
     """Samples (source.py) of `rows`, which come from `parts`; the first `max_samples` of them where that is given.
 
     Raises ConfigError for a table without rows, and when not one of its first images is there. `key` says what names

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from kd_accel.data.index import IMAGE_EXTENSIONS, ShardIndex, load_index
-from kd_accel.data.source import BadSample, Sample
+from kd_accel.data.remote import shown
+from kd_accel.data.remote_shards import RemoteShards
+from kd_accel.data.source import BadSample, Sample, Source
 
 MAX_LABEL_DIGITS = 18  # what surely fits into int64
 MAX_OPEN = 64  # shards per process; thousands of shards would run into the limit on open files
@@ -30,29 +33,32 @@ class Field:
         return Field(extension, key if colon else None)
 
 
-class TarSource:
+class TarSource(Source):
     """Samples of the tars `paths`, whose fields are written as in the config; None reads nothing of that kind.
 
-    Opens a tar when a process first reads from it. Raises ConfigError as load_index does.
+    Opens a tar when a process first reads from it; a remote one is fetched then, if it was not fetched ahead. Raises
+    ConfigError as load_index does.
     """
 
     def __init__(
         self,
-        paths: list[Path],
+        paths: list[Path] | RemoteShards,
         *,
         image: bool = True,
         captions: list[str] = (),
         synthetic: list[str] = (),
         label: str | None = None,
     ):
-        self.paths = paths
+        self._remote = paths if isinstance(paths, RemoteShards) else None
+        self.is_remote = self._remote is not None
+        self.paths = paths.paths if self.is_remote else paths
         self._image, self._label = image, label
         self._captions, self._synthetic = [Field.parse(c) for c in captions], [Field.parse(c) for c in synthetic]
         members = [("data.shards", IMAGE_EXTENSIONS)] if image else []
         members += [("data.caption", (field.extension,)) for field in self._captions]
         members += [("data.synthetic", (field.extension,)) for field in self._synthetic]
         members += [("data.label", (label,))] if label is not None else []
-        self.index: ShardIndex = load_index(paths, members)
+        self.index: ShardIndex = load_index(self.paths, members)
         self.num_samples, self.shard_sizes = self.index.num_samples, self.index.shard_sizes
         self._files: dict[int, int] = {}  # shard -> file descriptor, least recently used first
 
@@ -75,7 +81,17 @@ class TarSource:
 
     def shard(self, sample_id: int) -> str:
         """The tar that holds the sample."""
-        return str(self.paths[self._shard(sample_id)])
+        shard = self._shard(sample_id)
+        return shown(self._remote.urls[shard]) if self.is_remote else str(self.paths[shard])
+
+    def require_room(self, shards: int) -> None:
+        """Raises ConfigError when the cache cannot hold so many remote shards at a time."""
+        self._remote.require_room(shards)
+
+    def prefetch(self, shards: Sequence[int]) -> None:
+        """Fetch these remote shards in the background, soonest first."""
+        if self.is_remote:
+            self._remote.prefetch(shards)
 
     def _texts(self, sample_id: int, fields: list[Field], column: int, name: str) -> tuple[str, ...]:
         """What the fields that the sample has say, at least one text; () where there are no fields."""
@@ -112,7 +128,7 @@ class TarSource:
         else:
             if len(self._files) == MAX_OPEN:
                 os.close(self._files.pop(next(iter(self._files))))
-            self._files[shard] = os.open(self.paths[shard], os.O_RDONLY)
+            self._files[shard] = self._remote.open(shard) if self.is_remote else os.open(self.paths[shard], os.O_RDONLY)
         return self._files[shard]
 
 

@@ -44,8 +44,13 @@ class Source(Protocol):
     def shard(self, sample_id: int) -> str:
         """The file that holds it."""
 
+    is_remote: bool = False  # whether prefetch() makes a difference
 
-class Sources:
+    def prefetch(self, shards: Sequence[int]) -> None:
+        """Shards that are read next, soonest first: a hint."""
+
+
+class Sources(Source):
     """Several sources one after the other, as one."""
 
     def __init__(self, sources: Sequence[Source]):
@@ -53,6 +58,8 @@ class Sources:
         self._starts = np.cumsum([0, *(source.num_samples for source in self.sources)])  # id of each one's first sample
         self.num_samples = int(self._starts[-1])
         self.shard_sizes = np.concatenate([source.shard_sizes for source in self.sources])
+        self.is_remote = any(source.is_remote for source in self.sources)
+        self._first_shards = np.cumsum([0, *(len(source.shard_sizes) for source in self.sources)])
 
     def read(self, sample_id: int) -> Sample:
         source, inside = self._find(sample_id)
@@ -65,6 +72,12 @@ class Sources:
     def shard(self, sample_id: int) -> str:
         source, inside = self._find(sample_id)
         return source.shard(inside)
+
+    def prefetch(self, shards: Sequence[int]) -> None:
+        numbers = np.asarray(shards, dtype=np.int64)
+        owners = np.searchsorted(self._first_shards, numbers, side="right") - 1
+        for number, source in enumerate(self.sources):
+            source.prefetch((numbers[owners == number] - self._first_shards[number]).tolist())
 
     def _find(self, sample_id: int) -> tuple[Source, int]:
         number = int(np.searchsorted(self._starts, sample_id, side="right")) - 1

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from kd_accel.data.batches import BatchMaker
 from kd_accel.data.order import num_batches
 from kd_accel.data.source import BadSample, Sample
 from kd_accel.data.stream import TarStream, Unusable
@@ -23,19 +24,6 @@ from kd_accel.types import Batch
 log = logging.getLogger("kd_accel")
 
 MAX_BAD = 1000  # in a row, until the data counts as unusable
-
-
-class Rows(Protocol):
-    """What makes batches of samples; TrainLoader has one too."""
-
-    def row(self, sample: Sample, epoch: int) -> Any:
-        """One row, in a worker; raises BadSample."""
-
-    def join(self, rows: list[Any]) -> Any:
-        """b rows as what travels from a worker to the training process."""
-
-    def batch(self, joined: Any) -> Batch:
-        """The batch, in the training process."""
 
 
 class StreamLoader:
@@ -55,7 +43,7 @@ class StreamLoader:
     def __init__(
         self,
         stream: TarStream,
-        rows: Rows,
+        maker: BatchMaker,
         *,
         samples_per_epoch: int,
         batch_size: int,
@@ -77,12 +65,12 @@ class StreamLoader:
         self.samples_per_epoch = samples_per_epoch
         self.steps_per_epoch = num_batches(samples_per_epoch, self.global_batch)
         self.epoch, self.batches_done, self.bad_samples = 0, 0, []
-        self._stream, self._rows, self._seed = stream, rows, seed
+        self._stream, self._maker, self._seed = stream, maker, seed
         self._rank, self._world_size, self._num_workers = rank, world_size, num_workers
 
     def __iter__(self) -> Iterator[list[Batch]]:
         loader = DataLoader(
-            _Stream(self._stream, self._rows, self.batch_size, self._rank, self._world_size, self._shards_done()),
+            _Stream(self._stream, self._maker, self.batch_size, self._rank, self._world_size, self._shards_done()),
             batch_size=None,
             num_workers=self._num_workers,
             collate_fn=_as_it_is,
@@ -91,13 +79,22 @@ class StreamLoader:
         )
         with stopping_left_to_the_parent():
             items = iter(loader)  # starts the workers
+        try:
+            yield from self._steps(items)
+        finally:
+            # A traceback may hold `items`, and at exit Python waits for workers, which leave SIGTERM to their parent.
+            if self._num_workers:
+                items._shutdown_workers()
+
+    def _steps(self, items: Iterator) -> Iterator[list[Batch]]:
+        """What the workers made, as the micro-batches of each step."""
         micro_batches = []
         for item in items:
             if isinstance(item, ConfigError):
                 raise item
             joined, bad = item
             self.bad_samples += bad
-            micro_batches.append(self._rows.batch(joined))
+            micro_batches.append(self._maker.batch(joined))
             if len(micro_batches) == self.accumulate:
                 done = self.batches_done + 1
                 self.epoch, self.batches_done = self.epoch + done // self.steps_per_epoch, done % self.steps_per_epoch
@@ -137,8 +134,10 @@ class StreamLoader:
 class _Stream(IterableDataset):
     """(joined rows, bad records) of this worker's shards, in the workers."""
 
-    def __init__(self, stream: TarStream, rows: Rows, batch_size: int, rank: int, world_size: int, shards_done: int):
-        self._stream, self._rows, self._batch_size = stream, rows, batch_size
+    def __init__(
+        self, stream: TarStream, maker: BatchMaker, batch_size: int, rank: int, world_size: int, shards_done: int
+    ):
+        self._stream, self._maker, self._batch_size = stream, maker, batch_size
         self._rank, self._world_size, self._shards_done = rank, world_size, shards_done
 
     def __iter__(self) -> Iterator[Any]:
@@ -167,13 +166,13 @@ class _Stream(IterableDataset):
                         f"{last['shard']}: {last['reason']}"
                     ) from None
             if len(rows) == self._batch_size:
-                yield self._rows.join(rows), bad
+                yield self._maker.join(rows), bad
                 rows, bad = [], []
 
     def _row(self, found: Sample | Unusable, epoch: int) -> Any:
         if isinstance(found, Unusable):
             raise BadSample(found.reason)
-        return self._rows.row(found, epoch)
+        return self._maker.row(found, epoch)
 
 
 def _record(found: Sample | Unusable, reason: str, epoch: int) -> dict[str, Any]:

@@ -27,7 +27,6 @@ from kd_accel.sections import StudentConfig, TeacherConfig
 from kd_accel.types import ImageInput, InputContract, TextInput
 
 OWN_WEIGHTS = "default"  # student.pretrained: those that the package has for the name
-TEXT = {"pooling": "mean", "proj": "linear", "context_length": 77}  # of a text tower that is given by its name alone
 LAYOUTS = ("auto", "moco", "simclr", "swav", "plain")
 
 Built = tuple[nn.Module, InputContract, dict[str, Any], Scale]
@@ -58,10 +57,14 @@ def _one_tower_cfg(prefix: str, name: str, config: StudentConfig, teacher_width:
             size = {} if config.image_size is None else {"image_size": config.image_size}
             return {"embed_dim": width, "vision_cfg": {f"{prefix}_classifier": name, "pretrained": own, **size}}
         case "hf":
-            return {"embed_dim": width, "text_cfg": hf_text_cfg(name, **TEXT) | {"hf_model_pretrained": own}}
+            return {"embed_dim": width, "text_cfg": _text_cfg(name, config) | {"hf_model_pretrained": own}}
     raise ConfigError(
         f"student.arch: {config.arch}: a student begins with timm/, torchvision/ or hf/, or is open_clip's"
     )
+
+
+def _text_cfg(name: str, config: StudentConfig) -> dict[str, Any]:
+    return hf_text_cfg(name, pooling="mean", proj="linear", context_length=config.context_length)
 
 
 def build_teacher(config: TeacherConfig, *, where: str) -> tuple[nn.Module, InputContract, int, Scale]:
@@ -86,8 +89,8 @@ def build_teacher(config: TeacherConfig, *, where: str) -> tuple[nn.Module, Inpu
         case "hf" if is_hf_clip(name, where=at):
             return build_hf_clip(name, where=at)
         case "hf":
-            text = {**TEXT, "proj": None, "pooling": config.pooling}
-            return _text_alone(*build_hf_text(name, **options, **text))
+            text = {"proj": None, "pooling": config.pooling, "context_length": config.context_length}
+            return _text_alone(*build_hf_text(name, **options | {"where": where}, **text))
         case "sentence":
             return _text_alone(*build_sentence(name, where=at))
     known = f"timm/, torchvision/, hf/, sentence/, {', '.join(f'ssl/{layout}' for layout in LAYOUTS)}"
