@@ -34,8 +34,8 @@ class FilterConfig(Schema):
     max_per_prompt may be changed and the command run again: the images are not looked at a second time."""
 
     positional: ClassVar[str] = "prompts"
-    prompts: str | list[str]
-    """A text file with a prompt per line, a folder whose sub-folders are the classes, imagenet, or the prompts.
+    prompts: str
+    """A text file with a prompt per line, a folder whose sub-folders are the classes, or imagenet.
 
     A .safetensors with `embeddings` [P, d] beside a store needs no model at all."""
     templates: list[str] = Field(["{}"], min_length=1)
@@ -80,10 +80,9 @@ class FilterConfig(Schema):
     def _parts_fit(self):
         if (self.data is None) == (self.service is None):
             raise ValueError("give either data, to score images, or service, to search for some")
-        stored_prompts = isinstance(self.prompts, str) and self.prompts.endswith(".safetensors")
         if self.data is not None and self.teacher is None and self.store is None:
             raise ValueError("teacher or store is needed, to say what images look like")
-        if self.service is not None and stored_prompts:
+        if self.service is not None and self.prompts.endswith(".safetensors"):
             raise ValueError("service takes prompts as text")
         if self.write_shards and (self.data is None or self.data.shards is None):
             raise ValueError("write_shards copies tars: it needs data.shards")

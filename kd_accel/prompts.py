@@ -23,14 +23,12 @@ AT_A_TIME = 256
 LABELS = "label_text.json"  # beside a folder's classes: {"0": "tench, Tinca tinca", ...}, by place in sorted order
 
 
-def prompt_texts(prompts: str | list[str]) -> list[str]:
-    """Of a list, of "imagenet", of a file with one per line (empty lines do not count), of a folder's sub-folders.
+def prompt_texts(prompts: str) -> list[str]:
+    """Of "imagenet", of a file with one per line (empty lines do not count), of a folder's sub-folders.
 
     Raises ConfigError for what is none of them, and for no prompt at all.
     """
-    if isinstance(prompts, list):
-        found = [prompt.strip() for prompt in prompts]
-    elif prompts == "imagenet":
+    if prompts == "imagenet":
         found = list(open_clip.IMAGENET_CLASSNAMES)
     elif Path(prompts).is_dir():
         found = _class_names(Path(prompts))
@@ -64,12 +62,12 @@ def stored_prompts(file: Path) -> Tensor:  # [P, d]
     return F.normalize(rows.float(), dim=1)
 
 
-def is_stored(prompts: str | list[str]) -> bool:
+def is_stored(prompts: str) -> bool:
     """Whether the key names embeddings, and not words."""
-    return isinstance(prompts, str) and prompts.endswith(".safetensors")
+    return prompts.endswith(".safetensors")
 
 
-def sha256(prompts: str | list[str], templates: list[str]) -> str:
+def sha256(prompts: str, templates: list[str]) -> str:
     """Of what the prompts say, or of the file that holds their embeddings."""
     if is_stored(prompts):
         return hashlib.sha256(_bytes(Path(prompts))).hexdigest()

@@ -50,7 +50,9 @@ def question(service, tmp_path):
     def make(prompts, **values):
         url = f"http://127.0.0.1:{service.server_port}/knn-service"
         asked = {"url": url, "index_name": "small", "num_images": 4, **values}
-        return validate(FilterConfig, {"prompts": prompts, "out": str(tmp_path), "service": asked})
+        file = tmp_path / "prompts.txt"
+        file.write_text("\n".join(prompts), encoding="utf-8")
+        return validate(FilterConfig, {"prompts": str(file), "out": str(tmp_path), "service": asked})
 
     return make
 
