@@ -29,17 +29,20 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from kd_accel.config import TeacherConfig
-from kd_accel.data.embeddings import EmbeddingStore, shard_names
+from kd_accel.data.embeddings import EmbeddingStore
 from kd_accel.data.open import open_one
 from kd_accel.data.source import BadSample, Source
+from kd_accel.data.store_files import shard_names
 from kd_accel.data.transforms import decode, eval_view
 from kd_accel.filter_config import FilterConfig
+from kd_accel.models.class_embeddings import class_embeddings, prompt_embeddings
 from kd_accel.models.teacher import Teacher
 from kd_accel.models.towers import encode_image
-from kd_accel.prompts import is_stored, prompt_embeddings, prompt_texts, sha256, stored_prompts
+from kd_accel.prompts import is_stored, prompt_texts, sha256
 from kd_accel.schema import ConfigError
 from kd_accel.scoring import TopK, score_shard
 from kd_accel.selection import Scored, select, write_tars
+from kd_accel.stored_teacher import NAMED_BY, check_store, teacher_in_words
 from kd_accel.types import ImageInput
 
 SETTINGS = "settings.json"
@@ -134,27 +137,34 @@ def _score_one(
 def _teacher_section(config: FilterConfig, store: EmbeddingStore | None) -> TeacherConfig | None:
     """The model of images and prompts: the configured one, else the store's; None where nobody has to say anything.
 
-    Raises ConfigError for a store of another teacher.
+    Raises ConfigError for a store that does not say whose features it holds.
     """
-    if store is None:
+    if store is None or config.teacher is not None:
         return config.teacher
-    words = {key: store.info.teacher.get(key) for key in ("arch", "pretrained", "path")}
-    if config.teacher is not None:
-        asked = {key: getattr(config.teacher, key) for key in words}
-        if asked != words:
-            raise ConfigError(f"store: {store.folder} holds features of {words}, teacher is {asked}")
-    return None if is_stored(config.prompts) else TeacherConfig(**words)
+    if is_stored(config.prompts):
+        return None
+    named = {key: store.info.teacher.get(key) for key in NAMED_BY}
+    if named["path"] is None and named["arch"] is None:
+        raise ConfigError(
+            f"teacher: {store.folder} holds features of {teacher_in_words(store.info)}: say of which model"
+        )
+    return TeacherConfig(**named)
 
 
 def _load(section: TeacherConfig, config: FilterConfig) -> Teacher:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return Teacher(section).to(device, DTYPES[config.precision])
+    """On the device, in its precision. Raises ConfigError where the store's features are not this teacher's."""
+    teacher = Teacher(section)
+    if config.store is not None:
+        check_store(section.model_copy(update={"store": config.store}), teacher, name="teacher")
+    return teacher.to("cuda" if torch.cuda.is_available() else "cpu", DTYPES[config.precision])
 
 
 def _embed(config: FilterConfig, teacher: Teacher | None) -> Tensor:  # [P, d]
     if is_stored(config.prompts):
-        return stored_prompts(Path(config.prompts))
-    return prompt_embeddings(prompt_texts(config.prompts), config.templates, teacher)
+        return class_embeddings(config.prompts, templates=config.templates, teacher=None, key="prompts")
+    if teacher.contract.text is None:
+        raise ConfigError("teacher: has no text tower: give prompts as embeddings, a .safetensors")
+    return prompt_embeddings(prompt_texts(config.prompts), config.templates, teacher).cpu()
 
 
 def _ids(source: Source) -> list[range]:
@@ -166,8 +176,14 @@ def _ids(source: Source) -> list[range]:
 def _stored(store: EmbeddingStore, ids: list[range], pending: list[int]) -> Iterator[Shard]:
     """The first view's features of each pending shard."""
     for shard in pending:
-        rows = np.arange(ids[shard].start, ids[shard].stop)
-        yield store.read(rows, view=0, texts=np.zeros_like(rows))["image"], {}
+        rows, bad = np.arange(ids[shard].start, ids[shard].stop), {}
+        features = store.read(rows, view=0, texts=np.zeros_like(rows))["image"]
+        for row in (~features.isfinite().all(1)).nonzero()[:, 0].tolist():
+            try:
+                store.check(ids[shard][row])
+            except BadSample as error:
+                bad[row] = error.reason
+        yield features, bad
 
 
 def _live(

@@ -72,7 +72,7 @@ class FilterConfig(Schema):
     @field_validator("templates")
     @classmethod
     def _placeholders(cls, value):
-        if odd := [template for template in value if "{}" not in template and "{c}" not in template]:
+        if odd := [template for template in value if "{}" not in template]:
             raise ValueError(f"'{odd[0]}' has no {{}}, where the prompt goes")
         return value
 

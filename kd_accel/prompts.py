@@ -1,7 +1,4 @@
-"""Prompts by which images are searched and sorted: their texts, and what they mean to a teacher.
-
-P prompts, T templates, d embedding width.
-"""
+"""Prompts by which images are searched and sorted: where their texts come from."""
 
 from __future__ import annotations
 
@@ -10,16 +7,9 @@ import json
 from pathlib import Path
 
 import open_clip
-import torch
-import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor
 
-from kd_accel.models.teacher import Teacher
 from kd_accel.schema import ConfigError
 
-AT_A_TIME = 256
 LABELS = "label_text.json"  # beside a folder's classes: {"0": "tench, Tinca tinca", ...}, by place in sorted order
 
 
@@ -37,29 +27,6 @@ def prompt_texts(prompts: str) -> list[str]:
     if not any(found):
         raise ConfigError(f"prompts: {prompts}: holds no prompt")
     return [prompt for prompt in found if prompt]
-
-
-def prompt_embeddings(texts: list[str], templates: list[str], teacher: Teacher) -> Tensor:  # [P, d]
-    """fp32 unit rows on the CPU: of each prompt the mean over the templates' unit embeddings, normalised again."""
-    if teacher.contract.text is None:
-        raise ConfigError("teacher: has no text tower: embed the prompts elsewhere and give them as .safetensors")
-    words = [template.replace("{}", text).replace("{c}", text) for text in texts for template in templates]
-    parts = [words[start : start + AT_A_TIME] for start in range(0, len(words), AT_A_TIME)]
-    rows = [teacher.encode_captions(part).float().cpu() for part in parts]
-    return F.normalize(F.normalize(torch.cat(rows), dim=1).unflatten(0, (len(texts), len(templates))).mean(1), dim=1)
-
-
-def stored_prompts(file: Path) -> Tensor:  # [P, d]
-    """fp32 unit rows of the tensor `embeddings` of a safetensors file; raises ConfigError where there is none."""
-    try:
-        found = load_file(file)
-    except (OSError, SafetensorError) as error:
-        raise ConfigError(f"prompts: {file} cannot be read: {error}") from None
-    rows = found.get("embeddings")
-    if rows is None or rows.ndim != 2 or not rows.float().norm(dim=1).gt(0).all() or not rows.isfinite().all():
-        shapes = {name: list(tensor.shape) for name, tensor in found.items()}
-        raise ConfigError(f"prompts: {file} needs `embeddings` [P, d], finite and not zero; it holds {shapes}")
-    return F.normalize(rows.float(), dim=1)
 
 
 def is_stored(prompts: str) -> bool:

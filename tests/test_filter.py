@@ -6,8 +6,8 @@ import io
 import json
 import tarfile
 from pathlib import Path
-from types import SimpleNamespace
 
+import embed_run
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -15,16 +15,18 @@ import tiny
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from kd_accel import filter as filtering
 from kd_accel.data.index import build_index, expand_shards, load_index
 from kd_accel.data.transforms import decode, eval_view
+from kd_accel.embed import verb
 from kd_accel.filter import run
 from kd_accel.filter_config import FilterConfig
+from kd_accel.models.class_embeddings import prompt_embeddings
 from kd_accel.models.teacher import Teacher
 from kd_accel.models.towers import encode_image
-from kd_accel.prompts import prompt_embeddings, prompt_texts
+from kd_accel.prompts import prompt_texts
 from kd_accel.schema import ConfigError, validate
 from kd_accel.sections import TeacherConfig
 
@@ -251,14 +253,6 @@ def test_prompts_come_from_many_places(tmp_path):
         prompt_texts(str(file))
 
 
-def test_several_templates_are_averaged(tiny_teacher):
-    """The unit mean of the unit embeddings, as in zero-shot classification."""
-    teacher = Teacher(TeacherConfig(path=str(tiny_teacher)))
-    one, other = (prompt_embeddings(PROMPTS, [template], teacher) for template in ("a {}", "the {} one"))
-    both = prompt_embeddings(PROMPTS, ["a {}", "the {c} one"], teacher)
-    torch.testing.assert_close(both, F.normalize(one + other, dim=1))
-
-
 @pytest.mark.parametrize(
     ("change", "told"),
     [
@@ -288,41 +282,40 @@ def test_a_picture_that_is_none_of_ours_is_no_reason_to_stop(question, tmp_path)
     assert selected(config) == []
 
 
-class Store:
-    """Stored features of 60 samples, of which one has none: what filter asks of an EmbeddingStore."""
-
-    folder = Path("store")
-
-    def __init__(self, teacher: Path, features: torch.Tensor):
-        self.info = SimpleNamespace(teacher={"path": str(teacher), "arch": None, "pretrained": None})
-        self.features = features
-
-    def attach(self, source, templates):
-        assert source.num_samples == len(self.features)
-
-    def read(self, ids, *, view, texts):
-        assert view == 0
-        return {"image": self.features[ids]}
+@pytest.fixture
+def stored(tmp_path, tiny_teacher):
+    """(data, a store of its first view) with some unreadable samples."""
+    data, folder = embed_run.write_data(tmp_path / "data"), tmp_path / "store"
+    verb.run(embed_run.embed_config(tmp_path, data, tiny_teacher, out=str(folder), towers=["image"], verify=0))
+    return data, folder
 
 
-def test_stored_features_take_the_place_of_images(question, tiny_teacher, tmp_path, monkeypatch):
-    """No image is read, and the teacher is the store's; another one is refused."""
-    features = torch.randn(60, 12).half()
-    features[7] = torch.nan
-    monkeypatch.setattr(filtering, "EmbeddingStore", lambda folder, **options: Store(tiny_teacher, features))
+def test_stored_features_take_the_place_of_images(question, stored, tiny_teacher, tmp_path, monkeypatch):
+    """No image is read, the teacher is the store's, and what could not be read then has the reason of then."""
+    data, store = stored
     monkeypatch.setattr(filtering, "eval_view", None)
-    config = question(store="store", teacher=None, top_k=2)
+    config = question(data={"shards": str(data)}, store=str(store), teacher=None, top_k=2)
     run(config)
+    features = torch.cat([load_file(path)["image"][:, 0] for path in sorted(store.glob("*.safetensors"))])
     prompts = prompt_embeddings(PROMPTS, ["a {} square"], Teacher(TeacherConfig(path=str(tiny_teacher))))
     cosines = F.normalize(features.float(), dim=1) @ prompts.T
     rows = pq.read_table(Path(config.out, "scores.parquet")).to_pandas()
     np.testing.assert_allclose(rows.score, cosines.amax(1), rtol=0, atol=1e-6)
-    (error,) = Path(config.out, "errors.jsonl").read_text().splitlines()
-    assert json.loads(error)["reason"] == "its features are not finite"
+    bad = [json.loads(line) for line in (store / "bad_samples.jsonl").read_text().splitlines()]
+    errors = [json.loads(line) for line in Path(config.out, "errors.jsonl").read_text().splitlines()]
+    assert [(e["key"], e["reason"]) for e in errors] == [(b["key"], b["reason"]) for b in bad] != []
     chosen = cosines.nan_to_num(-1).topk(2, dim=0).indices.unique().tolist()
     assert selected(config) == [rows.key[i] for i in chosen]
-    with pytest.raises(ConfigError, match="store: .* holds features of .*, teacher is .*other"):
-        run(question(store="store", teacher={"path": "other"}, out=str(tmp_path / "other")))
+
+
+def test_a_store_of_another_teacher_is_refused(question, stored, tmp_path):
+    """The same architecture with other weights."""
+    data, store = stored
+    other = tiny.write_teacher(tmp_path / "other")
+    weights = load_file(other / "open_clip_model.safetensors")
+    save_file({name: tensor + 1 for name, tensor in weights.items()}, other / "open_clip_model.safetensors")
+    with pytest.raises(ConfigError, match="teacher.store: the features in .* with other weights than this teacher"):
+        run(question(data={"shards": str(data)}, store=str(store), teacher={"path": str(other)}))
 
 
 def test_prompts_of_another_width_are_refused(question, tmp_path):
