@@ -49,9 +49,9 @@ class AugmentConfig(Schema):
     rotation: float = Field(0.0, ge=0, le=180)
     """Degrees: each view is rotated by an angle in -rotation..rotation; corners become black."""
     rand_augment: RandAugmentConfig | None = None
-    """null: none."""
+    """RandAugment (arXiv 1909.13719); null: none."""
     color_jitter: ColorJitterConfig | None = None
-    """null: none."""
+    """torchvision's ColorJitter; null: none."""
     grayscale: float = Field(0.0, ge=0, le=1)
     """Probability of a view without colour."""
 

@@ -102,7 +102,7 @@ def our_batches(folder: Path, size: int, samples: int) -> Iterator[None]:
     loader = TrainLoader(validate(DataConfig, values), contracts=contracts, seed=0, rank=0, world_size=1)
     with closing(iter(loader)) as steps:
         for (batch,) in islice(steps, samples // BATCH):
-            assert batch.text["student"].shape == (BATCH, CONTEXT)
+            assert batch.image.shape == (BATCH, 3, size, size)
             to_model_input(batch.image, wanted, torch.float32)
             yield
 
