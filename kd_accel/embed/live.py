@@ -42,7 +42,6 @@ def embed_shards(job: Job, shards: list[int]) -> Iterator[ShardRows]:
         batch_size=None,
         num_workers=job.config.data.num_workers,
         collate_fn=_as_it_is,
-        pin_memory=False,
     )
     items = iter(loader)
     for shard in shards:
@@ -55,7 +54,7 @@ def say(teacher: Teacher, tower: str, rows: Tensor, *, at_a_time: int) -> Tensor
     device = next(teacher.parameters()).device
     said = []
     for part in rows.split(at_a_time):
-        given = {"image": None, "text": None} | {tower: part.to(device, non_blocking=True)}
+        given = {"image": None, "text": None} | {tower: part.to(device)}
         said.append(teacher(**given)[tower].float().cpu())
     return torch.cat(said) if said else torch.empty(0, teacher.embed_dim)
 

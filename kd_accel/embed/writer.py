@@ -45,8 +45,9 @@ def write_store(job: Job, make: Make) -> None:
     mine = missing[distributed.rank() :: distributed.world_size()]
     with distributed.failing_together():
         _write(job, mine, make)
-    if distributed.is_main():
-        _summarise(job, missing, time.perf_counter() - began)
+    with distributed.failing_together():
+        if distributed.is_main():
+            _summarise(job, missing, time.perf_counter() - began)
 
 
 def _prepare(job: Job) -> list[int]:
