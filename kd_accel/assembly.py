@@ -86,6 +86,11 @@ def fit_models(config: TrainConfig, student: Student, teachers: Teachers) -> Tra
     stores = open_stores(config)
     for name, teacher in teachers.items():
         teacher.read = towers_read(config, name) - (stores[name].towers if name in stores else set())
+        if isinstance(teacher, StoredTeacher) and teacher.read:
+            raise ConfigError(
+                f"{key_of(name)}.store: terms read the {' and '.join(sorted(teacher.read))} features of {name}, which"
+                " are not in the store: embed all towers, or choose another placement, which runs the missing one"
+            )
     return config
 
 

@@ -20,8 +20,8 @@ NAMED_BY = ("arch", "pretrained", "path")
 class StoredTeacher:
     """A teacher without weights; the loader brings what it would say. Attributes as those of Teacher.
 
-    towers        of "image" and "text" those that are stored
-    read          those of its towers that are run: none
+    towers        of "image" and "text" those it has
+    read          those of its towers that would have to run: none
     embed_dim     d
     logit_scale   1 / temperature: the configured one, or that it was trained to
     logit_bias    None, or the bias that it was trained to
@@ -44,7 +44,7 @@ class StoredTeacher:
                 f"{key_of(name)}.temperature: the features in {config.store} came from files, which bring no"
                 " temperature: set it, for instance to 0.01"
             )
-        self.towers, self.embed_dim = tuple(info.towers), info.embed_dim
+        self.towers, self.embed_dim = tuple(info.teacher_towers), info.embed_dim
         self.read: set[str] = set()
         self.logit_scale = 1 / config.temperature if config.temperature else info.logit_scale
         self.logit_bias = info.logit_bias

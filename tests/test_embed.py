@@ -139,6 +139,22 @@ def test_another_teacher_than_was_stored(store, tmp_path, data, teacher):
         assembly.build_teachers(train_config(tmp_path, data, teacher, teacher=cached(store, path="elsewhere")))
 
 
+def test_a_tower_that_terms_read_and_the_store_has_not(make, tmp_path, data, teacher):
+    """Live, feature_mse compares both towers: it must not go on with one alone, without a word."""
+    wanted = {"objective": {"terms": {"feature": {"kind": "feature_mse"}}}, "teacher": cached(make(towers=["image"]))}
+    with pytest.raises(ConfigError, match=r"^teacher.store: terms read the text features of teacher, which are not in"):
+        seen(train_config(tmp_path, data, teacher, **wanted), epochs=1)
+
+
+def test_a_live_run_goes_on_from_the_store(store, tmp_path, data, teacher):
+    """Resumed with placement=cached, as the run that stayed live: the placement decides nothing that is learned."""
+    for name, steps in (("live", 6), ("resumed", 3)):
+        train.run(train_config(tmp_path, data, teacher, name=name, optim=SIX_STEPS | {"steps": steps}))
+    section = cached(store, path=str(teacher), temperature=0.02)
+    train.run(train_config(tmp_path, data, teacher, name="resumed", optim=SIX_STEPS, teacher=section, resume="auto"))
+    assert losses(tmp_path / "resumed") == pytest.approx(losses(tmp_path / "live"), rel=LOSS)
+
+
 def hybrid(make, tmp_path, data, release) -> TrainConfig:
     """Texts from the store, images live."""
     store = make(towers=["text"], verify=0)

@@ -51,7 +51,8 @@ class StoreInfo:
     embed_dim: int
     logit_scale: float | None
     logit_bias: float | None
-    towers: list[str]
+    teacher_towers: list[str]  # that it has
+    towers: list[str]  # that are stored
     views: dict[str, Any] | None  # of the images: size, augment, seed, count; None: of whole images, not made by us
     captions: dict[str, Any] | None  # templates, and the fields they come from
     precision: str  # of the teacher: bf16 | fp32

@@ -61,6 +61,7 @@ def live_job(config: EmbedConfig) -> Job:
         embed_dim=teacher.embed_dim,
         logit_scale=teacher.logit_scale,
         logit_bias=teacher.logit_bias,
+        teacher_towers=list(teacher.towers),
         views=None if views is None else _described(views),
         **_of_every_store(config, towers),
     )
@@ -80,6 +81,7 @@ def imported_job(config: EmbedConfig, width: int) -> Job:
         embed_dim=width,
         logit_scale=None if section.temperature is None else 1 / section.temperature,
         logit_bias=None,
+        teacher_towers=towers,
         views=None,
         **_of_every_store(config, towers),
     )

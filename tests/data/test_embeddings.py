@@ -55,6 +55,7 @@ def info(**changes) -> StoreInfo:
         embed_dim=D,
         logit_scale=100.0,
         logit_bias=None,
+        teacher_towers=["image", "text"],
         towers=["image", "text"],
         views=views,
         captions=captions_of(DATA),
