@@ -144,15 +144,22 @@ class PreprocessConfig(Schema):
     """Which side meets the image size, as in open_clip."""
 
 
-class PrototypeHeadConfig(Schema):
-    """A small network per tower whose output is clustered and compared with clusters (ProtoCLIP's projection heads)."""
+class HeadConfig(Schema):
+    """A small network per tower: a linear layer, norm and ReLU, `layers` times, and a linear layer on top."""
 
     hidden: int = Field(2048, gt=0)
     """Width of the hidden layers."""
+    layers: int = Field(1, ge=0)
+    """Hidden layers; 0 leaves one linear layer."""
+    norm: Literal["layer", "batch", "none"] = "layer"
+    """batch, as ProtoCLIP has it, takes the statistics of a process's micro-batch: results depend on its size."""
+
+
+class PrototypeHeadConfig(HeadConfig):
+    """A head whose output is clustered and compared with clusters (ProtoCLIP's projection heads)."""
+
     width: int = Field(128, gt=0)
     """Width of what comes out."""
-    layers: int = Field(1, gt=0)
-    """Hidden layers."""
 
 
 class StudentConfig(Schema):
@@ -180,10 +187,10 @@ class StudentConfig(Schema):
     """Towers that are frozen but for their last N groups of layers (LiT, arXiv 2111.07991): {image: 0}."""
     preprocess: PreprocessConfig | None = None
     """Replaces the architecture's own mean, std and resizing."""
-    projector: Literal["linear", "mlp"] | None = None
+    projector: Literal["linear", "mlp"] | HeadConfig | None = None
     """linear: a trained layer per tower from the student's width to the teacher's, for terms that compare features.
 
-    mlp: two layers with a GELU between them."""
+    mlp: two layers with a GELU between them. {layers, hidden, norm}: a head of your own."""
     num_classes: int | None = Field(None, gt=1)
     """A linear class head on the image embedding, for label_ce without class embeddings."""
     prototype_head: PrototypeHeadConfig | None = None

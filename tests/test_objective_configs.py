@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+import tiny_hf
 
 from kd_accel.config import TrainConfig
 from kd_accel.models.release import read_release, write_release
@@ -18,10 +19,12 @@ CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 # Sizes that tiny data cannot have; everything else is as in the file.
 SMALLER = {
     "fastclip_kd": [],
-    "l1_ce_kl": [],
-    "embedding_labels": [],
+    "l1_ce_kl": ["student.projector=linear"],
+    "l1_ce_kl_text": ["data.sources.conceptual=null", "data.sources.coco=null", "student.projector=linear"],
+    "embedding_labels": ["teacher.placement=engine", "teacher.store=null", "student.projector=linear"],
     "labels_only": ["student.num_classes=4"],
-    "proto_rkd": [],
+    "proto_rkd": ["student.projector.hidden=16"],
+    "disttempnet_resnet": ["objective.terms.gcl.network.prototypes=6"],
     "protoclip": [
         "objective.terms.prototype.clusters=3",
         "objective.terms.prototype.episode_samples=16",
@@ -53,9 +56,21 @@ def _tiny(name: str, tmp_path, train_shards, tiny_teacher) -> list[str]:
     """Overrides that put the file on tiny shards, a tiny student and tiny teachers."""
     written = load(TrainConfig, [CONFIGS / f"{name}.yaml"])
     width = 12 if written.teacher or written.teachers else 8  # the tiny teacher's, where there is no projector
-    arch = tiny.arch(embed_dim=8 if written.student.projector else width)
+    projected = written.student.projector or "student.projector=linear" in SMALLER[name]
+    arch = tiny.arch(embed_dim=8 if projected else width)
+    if alone := {"l1_ce_kl": "text_cfg", "l1_ce_kl_text": "vision_cfg"}.get(name):
+        arch[alone] = None
+    if name == "disttempnet_resnet":
+        hf = tiny_hf.write_text_model(tmp_path / "hf", "distilbert")
+        arch = {
+            "vision_cfg": {"timm_model_name": "resnet10t", "timm_model_pretrained": False, "image_size": 32},
+            "text_cfg": {"hf_model_name": str(hf)},
+        }
+    source = {"data.folder": None, "data.table": None, "data.shards": str(train_shards)}
+    source |= {"data.label": "cls"} if written.data.label else {}
     overrides = [
-        *(f"output_dir={tmp_path}", f"data.shards={train_shards}", "data.batch_size=8", "data.num_workers=0"),
+        *(f"output_dir={tmp_path}", "data.batch_size=8", "data.num_workers=0", "student.embed_dim=null"),
+        *(f"{key}={json.dumps(value)}" for key, value in source.items()),
         *(f"student.arch={json.dumps(arch)}", "precision=fp32", "optim.epochs=null", "optim.steps=3"),
         *("optim.warmup_steps=0", "log.every_steps=1"),
     ]

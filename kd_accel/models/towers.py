@@ -31,6 +31,7 @@ from torchvision.transforms.functional import resize
 
 from kd_accel.models.hf_text import read_hf_tower
 from kd_accel.models.model_cfg import (
+    TOWER_KEYS,
     check_model_cfg,
     classifier_of,
     is_open_clips,
@@ -69,7 +70,9 @@ def build_open_clip(
     weights that cannot be fetched or do not fit.
     """
     where = f"{name}.arch"
-    model_cfg = named_config(arch, where) if isinstance(arch, str) else deepcopy(arch)
+    # null drops a tower that a base file brought
+    given = named_config(arch, where) if isinstance(arch, str) else deepcopy(arch)
+    model_cfg = {key: value for key, value in given.items() if value is not None or key not in TOWER_KEYS}
     tag = get_pretrained_cfg(arch, pretrained) if isinstance(arch, str) and pretrained else {}
     if tag.get("quick_gelu"):
         model_cfg["quick_gelu"] = True  # open_clip would only warn, and the features would be wrong

@@ -143,3 +143,14 @@ def test_a_tower_that_drops_patches_in_another_way_is_refused(student, arch):
     eva = {"image_size": 224, "timm_model_name": "eva02_tiny_patch14_224", "timm_pool": "", "timm_proj": "linear"}
     with pytest.raises(ConfigError, match=r"student\.arch: masked_feature_mse needs an image tower with patches"):
         student(arch={**arch(), "vision_cfg": eva}, mask_ratio=0.75)
+
+
+@pytest.mark.parametrize("norm", ["layer", "batch", "none"])
+def test_a_projector_of_ones_own(student, view, captions, norm):
+    """Linear, norm, ReLU, as often as said, and a linear layer; 0 layers are that one alone (ProtoCLIP's rule)."""
+    kinds = {"layer": torch.nn.LayerNorm, "batch": torch.nn.BatchNorm1d, "none": torch.nn.Identity}
+    model = student(teacher_dim=24, projector={"layers": 2, "hidden": 20, "norm": norm})
+    made = [type(layer) for layer in model.projector["image"]]
+    assert made == [torch.nn.Linear, kinds[norm], torch.nn.ReLU] * 2 + [torch.nn.Linear]
+    assert features(model, view, captions)["projected_text"].shape[1] == 24
+    assert len(student(teacher_dim=24, projector={"layers": 0}).projector["image"]) == 1
