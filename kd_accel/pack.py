@@ -9,7 +9,6 @@ number of workers changes a byte. Keys are the samples' ids in the source.
 
 from __future__ import annotations
 
-import io
 import json
 import time
 from collections.abc import Iterator
@@ -17,7 +16,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from webdataset import TarWriter
@@ -25,15 +23,14 @@ from webdataset import TarWriter
 from kd_accel.data.index import build_index, write_atomically
 from kd_accel.data.loader import is_lost_worker
 from kd_accel.data.open import open_one
+from kd_accel.data.resize import describe, resized
 from kd_accel.data.source import BadSample, Sample, Source
-from kd_accel.data.transforms import FORMATS, decode
 from kd_accel.pack_config import PackConfig
 from kd_accel.schema import ConfigError
 
 SETTINGS = "pack.json"  # what the shards of a folder were written with
 FREE = ("num_workers",)  # settings that change no byte
 NUM_PROBED = 100  # first samples that tell whether captions come in several
-EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}  # PIL's format -> the member's extension
 
 
 def run(config: PackConfig) -> None:
@@ -53,26 +50,6 @@ def run(config: PackConfig) -> None:
         print(f"{packed:,} samples in {seconds:,.0f} s: {packed / seconds:,.0f} per second.")
     if bad:
         print(f"{bad:,} unusable samples are left out: {config.out}/bad_samples.jsonl lists them.")
-
-
-def shrink(data: bytes, *, short_side: int | None, quality: int) -> tuple[str, bytes]:
-    """(extension, bytes) of the picture, whose shorter side has at most `short_side` pixels afterwards.
-
-    A picture that is small enough keeps its bytes, unless it is neither JPEG, PNG nor WebP. Raises BadSample for what
-    cannot be decoded.
-    """
-    image = decode(data)
-    scale = 1.0 if short_side is None else min(1.0, short_side / min(image.size))
-    extension = EXTENSIONS.get(Image.open(io.BytesIO(data), formats=FORMATS).format)
-    if scale == 1.0 and extension is not None:
-        return extension, data
-    width, height = (round(side * scale) for side in image.size)
-    file = io.BytesIO()
-    try:
-        image.resize((width, height), Image.Resampling.BICUBIC).save(file, "JPEG", quality=quality)
-    except OSError as error:  # JPEG ends at 65,500 pixels
-        raise BadSample(f"image cannot be encoded: {error}") from None
-    return "jpg", file.getvalue()
 
 
 class _Shards(Dataset):
@@ -116,8 +93,8 @@ class _Shards(Dataset):
         """{extension: content}; raises BadSample for a picture or a text that cannot be stored."""
         members = {}
         if sample.image is not None:
-            extension, data = shrink(sample.image, short_side=self.config.short_side, quality=self.config.quality)
-            members[extension] = data
+            data = resized(sample.image, self.config.short_side, self.config.quality)
+            members[describe(data)[0]] = data
         try:
             if sample.captions:
                 members["txt"] = sample.captions[0].encode()

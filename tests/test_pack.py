@@ -20,7 +20,6 @@ from PIL import Image
 from kd_accel import pack
 from kd_accel.data.index import build_index, expand_shards
 from kd_accel.data.open import open_one
-from kd_accel.data.source import BadSample
 from kd_accel.pack_config import PackConfig
 from kd_accel.schema import ConfigError, load
 from kd_accel.sections import SourceConfig
@@ -84,35 +83,6 @@ def test_the_bytes_depend_on_the_samples_alone(tmp_path):
     with tarfile.open(tmp_path / "out0/00000.tar") as tar:
         headers = {(m.mtime, m.uid, m.gid, m.uname, m.gname) for m in tar}
     assert headers == {(0, 0, 0, "root", "root")}
-
-
-def test_only_large_pictures_are_resized(tmp_path):
-    """The shorter side becomes short_side in the same proportions; formats that shards do not hold become JPEG."""
-    for size, kind, short_side, expected in [
-        ((90, 60), "JPEG", 30, ("jpg", (45, 30), False)),
-        ((60, 91), "PNG", 30, ("jpg", (30, 46), False)),  # 30 / 60 * 91 = 45.5, and round() takes the even one
-        ((90, 30), "JPEG", 30, ("jpg", (90, 30), True)),
-        ((40, 20), "PNG", 30, ("png", (40, 20), True)),
-        ((40, 20), "WEBP", None, ("webp", (40, 20), True)),
-        ((40, 20), "GIF", None, ("jpg", (40, 20), False)),
-    ]:
-        data = picture(1, size, kind)
-        extension, found = pack.shrink(data, short_side=short_side, quality=90)
-        assert (extension, Image.open(io.BytesIO(found)).size, found == data) == expected
-
-
-def test_resized_pictures_stay_what_they_show():
-    """Against the picture drawn at the small size: at most a few of 255 grey levels on average."""
-    _, data = pack.shrink(picture(3, (240, 200)), short_side=50, quality=95)
-    small, drawn = (np.asarray(Image.open(io.BytesIO(d)), dtype=float) for d in (data, picture(3, (60, 50))))
-    assert np.abs(small - drawn).mean() < 4
-    assert np.abs(small - small.mean()).mean() > 20  # it is not just grey
-
-
-def test_quality_is_that_of_jpeg():
-    large = picture(3, (240, 200))
-    sizes = [len(pack.shrink(large, short_side=100, quality=quality)[1]) for quality in (30, 95)]
-    assert sizes[0] < sizes[1]
 
 
 def test_several_captions(tmp_path):
@@ -229,7 +199,7 @@ def test_a_shard_that_cannot_be_written(tmp_path, workers):
 def test_a_worker_that_is_killed(tmp_path, monkeypatch):
     """One line, and no shard that is not whole."""
     table = write_table(tmp_path / "in", 3)
-    monkeypatch.setattr(pack, "shrink", lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
+    monkeypatch.setattr(pack, "resized", lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
     with pytest.raises(ConfigError, match="num_workers: a worker's process was ended from outside"):
         run(tmp_path / "out", table=str(table), num_workers=1)
     assert not list((tmp_path / "out").glob("*.tar"))
@@ -245,11 +215,3 @@ def test_shards_are_packed_again_smaller(data_root, tmp_path):
     assert [s.captions for s in after] == [s.captions for s in before]
     assert len(after) == 485
     assert {min(Image.open(io.BytesIO(s.image)).size) for s in after} == {36}
-
-
-def test_a_picture_that_jpeg_cannot_hold():
-    """GIF goes to 65,535 pixels, JPEG to 65,500."""
-    file = io.BytesIO()
-    Image.new("P", (65_535, 2)).save(file, "GIF")
-    with pytest.raises(BadSample, match="image cannot be encoded"):
-        pack.shrink(file.getvalue(), short_side=None, quality=90)
