@@ -10,7 +10,7 @@ from PIL import Image, UnidentifiedImageError
 from kd_accel.data.source import BadSample
 
 EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}  # stored as they come; others become JPEG
-FORMATS = (*EXTENSIONS, "GIF", "BMP")  # PIL would also hand EPS to Ghostscript
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # PIL would also hand EPS to Ghostscript
 MAX_JPEG = 65_500  # pixels of a side
 
 
