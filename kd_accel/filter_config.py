@@ -41,7 +41,7 @@ class FilterConfig(Schema):
     templates: list[str] = Field(["{}"], min_length=1)
     """What a prompt, for instance a class name, is put into; of several the mean embedding counts."""
     out: str
-    """Folder for scores.parquet, selected.txt, errors.jsonl; for urls.jsonl of a service."""
+    """Folder for scores.parquet, selected.txt, errors.jsonl; for urls.tsv of a service."""
     data: SourceConfig | None = None
     """The images."""
     teacher: TeacherConfig | None = None
@@ -49,7 +49,7 @@ class FilterConfig(Schema):
     store: str | None = None
     """Read the images' features from what kd-accel embed wrote; the teacher is then the store's."""
     service: ServiceConfig | None = None
-    """Ask a search service in place of data; writes urls.jsonl, which kd-accel download takes."""
+    """Ask a search service in place of data; writes urls.tsv, which kd-accel download takes."""
     top_k: int | None = Field(None, gt=0)
     """Keep the images that are among the top_k of some prompt."""
     min_score: float | None = Field(None, ge=-1, le=1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import time
@@ -17,15 +16,16 @@ from kd_accel.schema import ConfigError
 
 log = logging.getLogger(__name__)
 
-FILE = "urls.jsonl"
+FILE = "urls.tsv"
+COLUMNS = ("url", "caption", "similarity", "prompt")
 
 
 def search(service: ServiceConfig, prompts: list[str], folder: Path) -> None:
-    """Write folder/urls.jsonl: {url, caption, similarity, prompt}, each url once, under the first prompt that finds it.
+    """Write folder/urls.tsv, with a header, for kd-accel download: each url once, under the first prompt that finds it.
 
     A prompt whose request fails to the end is left out and counted. Raises ConfigError where every one fails.
     """
-    found: dict[str, dict[str, Any]] = {}
+    found: dict[str, list[str]] = {}
     failures: list[str] = []
     with httpx.Client(timeout=service.timeout_s) as client:
         for prompt in tqdm(prompts, desc="search", unit="prompt", disable=None):
@@ -35,14 +35,13 @@ def search(service: ServiceConfig, prompts: list[str], folder: Path) -> None:
                 failures.append(f"{prompt!r}: {type(error).__name__}: {error}")
                 continue
             for result in results:
-                row = {key: result.get(key) for key in ("url", "caption", "similarity")}
-                found.setdefault(row["url"], {**row, "prompt": prompt})
+                row = [" ".join(str(result.get(key, "")).split()) for key in COLUMNS[:-1]]
+                found.setdefault(row[0], [*row, prompt])
     if len(failures) == len(prompts):
         raise ConfigError(f"service.url={service.url}: no prompt got an answer; the first: {failures[0]}")
     temporary = folder / f".{FILE}.tmp"
-    temporary.write_text(
-        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in found.values()), encoding="utf-8"
-    )
+    lines = ["\t".join(row) + "\n" for row in (COLUMNS, *found.values())]
+    temporary.write_text("".join(lines), encoding="utf-8")
     os.replace(temporary, folder / FILE)
     print(f"{len(found):,} urls for {len(prompts) - len(failures):,} of {len(prompts):,} prompts: {folder / FILE}")
     if failures:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from kd_accel import knn
+from kd_accel.data.urls import read_urls
 from kd_accel.filter import run
 from kd_accel.filter_config import FilterConfig
 from kd_accel.schema import ConfigError, validate
@@ -61,34 +62,36 @@ def hit(name, similarity=0.3):
     return {"url": f"http://x/{name}.jpg", "caption": name, "id": 1, "similarity": similarity}
 
 
-def urls(config):
-    return [json.loads(line) for line in Path(config.out, "urls.jsonl").read_text(encoding="utf-8").splitlines()]
+def rows(config):
+    header, *lines = Path(config.out, "urls.tsv").read_text(encoding="utf-8").split("\n")[:-1]
+    assert header == "url\tcaption\tsimilarity\tprompt"
+    return [line.split("\t") for line in lines]
 
 
 def test_urls_of_all_prompts_are_written_once(service, question, capsys):
     """With caption, similarity and the first prompt that found them; results without a url are left out."""
-    service.script = {
-        "cat": [[hit("tom"), hit("chat été")]],
-        "dog": [[hit("tom", 0.1), {"caption": "no url"}, hit("rex")]],
-    }
+    odd = hit("chat") | {"caption": 'chat\t"été"\n noir'}
+    service.script = {"cat": [[hit("tom"), odd]], "dog": [[hit("tom", 0.1), {"caption": "no url"}, hit("rex")]]}
     config = question(["cat", "dog"])
     run(config)
-    rows = urls(config)
-    assert [(row["url"][9:], row["prompt"]) for row in rows] == [
-        ("tom.jpg", "cat"),
-        ("chat été.jpg", "cat"),
-        ("rex.jpg", "dog"),
+    assert rows(config) == [
+        ["http://x/tom.jpg", "tom", "0.3", "cat"],
+        ["http://x/chat.jpg", 'chat "été" noir', "0.3", "cat"],
+        ["http://x/rex.jpg", "rex", "0.3", "dog"],
     ]
-    assert rows[0] == {"url": "http://x/tom.jpg", "caption": "tom", "similarity": 0.3, "prompt": "cat"}
     assert "3 urls for 2 of 2 prompts" in capsys.readouterr().out
     asked = service.asked[0]
-    assert (asked["text"], asked["indice_name"], asked["num_images"], asked["num_result_ids"]) == (
-        "cat",
-        "small",
-        4,
-        3000,
-    )
-    assert (asked["modality"], asked["deduplicate"], asked["use_safety_model"]) == ("image", True, True)
+    assert (asked["text"], asked["indice_name"], asked["modality"]) == ("cat", "small", "image")
+    assert (asked["num_images"], asked["num_result_ids"]) == (4, 3000)
+    assert (asked["deduplicate"], asked["use_safety_model"]) == (True, True)
+
+
+def test_the_list_is_one_that_download_reads(service, question):
+    service.script = {"cat": [[hit("tom"), hit("felix")]]}
+    config = question(["cat"])
+    run(config)
+    found = read_urls(Path(config.out, "urls.tsv"), url="url", caption="caption")
+    assert list(found) == [("http://x/tom.jpg", "tom"), ("http://x/felix.jpg", "felix")]
 
 
 def test_what_may_pass_is_tried_again(service, question):
@@ -96,7 +99,7 @@ def test_what_may_pass_is_tried_again(service, question):
     service.script = {"cat": [500, 429, 503, [hit("tom")]], "dog": [404]}
     config = question(["cat", "dog"])
     run(config)
-    assert [row["prompt"] for row in urls(config)] == ["cat"]
+    assert [row[-1] for row in rows(config)] == ["cat"]
     assert service.waited == [1, 2, 4]
     assert [asked["text"] for asked in service.asked] == ["cat"] * 4 + ["dog"]
 
