@@ -35,7 +35,8 @@ def search(service: ServiceConfig, prompts: list[str], folder: Path) -> None:
                 failures.append(f"{prompt!r}: {type(error).__name__}: {error}")
                 continue
             for result in results:
-                row = [" ".join(str(result.get(key, "")).split()) for key in COLUMNS[:-1]]
+                values = [result.get(key) for key in COLUMNS[:-1]]
+                row = ["" if value is None else " ".join(str(value).split()) for value in values]
                 found.setdefault(row[0], [*row, prompt])
     if len(failures) == len(prompts):
         raise ConfigError(f"service.url={service.url}: no prompt got an answer; the first: {failures[0]}")

@@ -71,13 +71,16 @@ def rows(config):
 def test_urls_of_all_prompts_are_written_once(service, question, capsys):
     """With caption, similarity and the first prompt that found them; results without a url are left out."""
     odd = hit("chat") | {"caption": 'chat\t"été"\n noir'}
-    service.script = {"cat": [[hit("tom"), odd]], "dog": [[hit("tom", 0.1), {"caption": "no url"}, hit("rex")]]}
+    service.script = {
+        "cat": [[hit("tom"), odd]],
+        "dog": [[hit("tom", 0.1), {"caption": "no url"}, hit("rex") | {"caption": None}]],
+    }
     config = question(["cat", "dog"])
     run(config)
     assert rows(config) == [
         ["http://x/tom.jpg", "tom", "0.3", "cat"],
         ["http://x/chat.jpg", 'chat "été" noir', "0.3", "cat"],
-        ["http://x/rex.jpg", "rex", "0.3", "dog"],
+        ["http://x/rex.jpg", "", "0.3", "dog"],
     ]
     assert "3 urls for 2 of 2 prompts" in capsys.readouterr().out
     asked = service.asked[0]
