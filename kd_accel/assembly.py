@@ -60,7 +60,7 @@ def build_student(config: TrainConfig, teachers: Teachers) -> Student:
     return student
 
 
-def _forebear(config: TrainConfig, teachers: dict[str, Teacher]) -> nn.Module:
+def _forebear(config: TrainConfig, teachers: Teachers) -> nn.Module:
     """The model whose weights the student starts from."""
     init = config.student.init
     if init != "teacher" and init not in teachers:
@@ -70,6 +70,8 @@ def _forebear(config: TrainConfig, teachers: dict[str, Teacher]) -> nn.Module:
         raise ConfigError(
             f"student.init={init}: name one of the teachers ({', '.join(teachers) or 'there is none'}), or a run"
         )
+    if isinstance(found, StoredTeacher):
+        raise ConfigError(f"student.init={init}: of a teacher with placement=cached there are no weights to start from")
     return found.clip
 
 

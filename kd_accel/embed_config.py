@@ -57,6 +57,8 @@ class EmbedConfig(TrainConfig):
     def _one_job(self):
         jobs = {"prompts": self.prompts, "from_npy": self.from_npy, "to_npy": self.to_npy}
         jobs = [key for key, value in jobs.items() if value is not None] + ["verify_only"] * self.verify_only
+        if self.data.loader == "stream":
+            raise ValueError("data.loader=stream: features are stored by sample id: set it to indexed")
         if len(jobs) > 1:
             raise ValueError(f"give one of {' and '.join(jobs)}")
         if (self.prompts is not None) != self.out.endswith(".safetensors"):

@@ -97,7 +97,7 @@ def _score(config: FilterConfig, out: Path) -> list[Path]:
     source = open_one(config.data, images=True, captions=False)
     store = None if config.store is None else EmbeddingStore(config.store, key="store", towers={"image"})
     if store is not None:
-        store.attach(source, [])
+        store.attach(source, None)
     section = _teacher_section(config, store)
     parts = [out / "parts" / f"{Path(name).stem}.npz" for name in shard_names(source)]
     _same_settings(config, section, out)

@@ -233,6 +233,15 @@ def test_class_names_need_a_live_teacher(store, tmp_path, data, teacher):
         assembly._class_embeddings(config, assembly.build_student(config, teachers), teachers)
 
 
+def test_no_student_starts_from_a_stored_teacher(store, tmp_path, data, teacher):
+    student = {"arch": tiny.arch(24, 12, image_size=48), "init": "teacher"}
+    config = train_config(tmp_path, data, teacher, student=student, teacher=cached(store))
+    with pytest.raises(
+        ConfigError, match=r"^student.init=teacher: of a teacher with placement=cached there are no weigh"
+    ):
+        assembly.build_student(config, assembly.build_teachers(config))
+
+
 # The verb ----------------------------------------------------------------------------------------------------------
 
 

@@ -54,8 +54,11 @@ class EmbeddingStore:
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_open": {}}
 
-    def attach(self, source: Source, data: DataConfig) -> None:
-        """Say whose samples they are. Raises ConfigError where a shard is not in the store, or not as it was stored."""
+    def attach(self, source: Source, data: DataConfig | None) -> None:
+        """Say whose samples they are; `data`: where their texts come from, None where no text features are read.
+
+        Raises ConfigError where a shard is not in the store, or not as it was stored.
+        """
         if "text" in self.towers and captions_of(data) != self.info.captions:
             raise ConfigError(
                 f"{self._key}: the store holds texts of {_words(self.info.captions)}, this run has"
@@ -97,13 +100,6 @@ class EmbeddingStore:
                     found[tower] = values.new_empty(len(ids), values.shape[1])
                 found[tower][torch.from_numpy(mine)] = values
         return found
-
-    def shards(self) -> Iterator[tuple[str, list[str], Tensor]]:
-        """(file name, keys, image features [n, d] of the first view) of every shard; nan rows where one is bad."""
-        for shard, name in enumerate(self._names):
-            ids = range(int(self._starts[shard]), int(self._starts[shard + 1]))
-            keys = [self._source.key(i) for i in ids]
-            yield name, keys, self._values(self._map(shard).arrays, "image", (np.arange(len(ids)), 0))
 
     def bad_samples(self) -> Iterator[dict]:
         """{id, key, shard, reason} of every sample that could not be read when the store was made."""

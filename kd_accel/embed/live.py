@@ -18,6 +18,7 @@ from kd_accel.data.store_files import shard_starts
 from kd_accel.embed.job import Job
 from kd_accel.embed.writer import ShardRows
 from kd_accel.models.teacher import Teacher
+from kd_accel.trim import trimmed
 
 
 @dataclass(frozen=True)
@@ -38,10 +39,11 @@ def embed_shards(job: Job, shards: list[int]) -> Iterator[ShardRows]:
     blocks = {shard: _cut(int(starts[shard]), int(starts[shard + 1]), step) for shard in shards}
     loader = DataLoader(
         _Blocks(job),
-        sampler=[block for shard in shards for block in blocks[shard]],
+        sampler=_in_turn(job, blocks),
         batch_size=None,
         num_workers=job.config.data.num_workers,
         collate_fn=_as_it_is,
+        generator=torch.Generator(),  # torch would draw the workers' seed from the global generator
     )
     items = iter(loader)
     for shard in shards:
@@ -65,7 +67,7 @@ class _Blocks(Dataset):
     def __init__(self, job: Job):
         self._source, self._views, self._count = job.source, job.views, job.config.views
         self._templates = job.config.data.templates if "text" in job.towers else None
-        self._tokenize = job.teacher.contract.text.tokenize if "text" in job.towers else None
+        self._text = job.teacher.contract.text
 
     def __getitem__(self, ids: range) -> Block:
         views, texts, counts, bad = [], [], [], {}
@@ -80,7 +82,7 @@ class _Blocks(Dataset):
         return Block(
             len(ids),
             torch.stack(views) if views else None,
-            self._tokenize(texts) if texts else None,
+            trimmed(self._text.tokenize(texts), self._text.pad) if texts else None,
             counts,
             bad,
         )
@@ -121,6 +123,14 @@ def _joined(job: Job, blocks: list[tuple[Block, dict[str, Tensor]]]) -> ShardRow
         bad |= {start + row: reason for row, reason in block.bad.items()}
         start += block.num_samples
     return ShardRows(features, counts, bad)
+
+
+def _in_turn(job: Job, blocks: dict[int, list[range]]) -> Iterator[range]:
+    """The blocks of all shards; remote shards are fetched ahead."""
+    shards = list(blocks)
+    for number, shard in enumerate(shards):
+        job.source.prefetch(shards[number:])
+        yield from blocks[shard]
 
 
 def _cut(start: int, end: int, step: int) -> list[range]:
