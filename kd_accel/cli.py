@@ -35,8 +35,16 @@ VERBS = {
     "eval": (EvalConfig, "kd_accel.evals.suite:run", "zero-shot classification and retrieval of a run or a release"),
     "pack": (PackConfig, "kd_accel.pack:run", "any data as indexed webdataset shards, resized on the way"),
     "index": (IndexConfig, "kd_accel.index:run", "list the samples of webdataset tars, once, before training"),
-    "filter": (FilterConfig, "kd_accel.filter:run", "score images by prompts with a teacher, and keep the best ones"),
-    "download": (DownloadConfig, "kd_accel.download:run", "the images of a list of URLs as indexed webdataset shards"),
+    "filter": (
+        FilterConfig,
+        "kd_accel.filter.verb:run",
+        "score images by prompts with a teacher, and keep the best ones",
+    ),
+    "download": (
+        DownloadConfig,
+        "kd_accel.download.verb:run",
+        "the images of a list of URLs as indexed webdataset shards",
+    ),
     "report": (ReportConfig, "kd_accel.report:run", "one HTML page with the curves and results of runs"),
     "demo": (DemoConfig, "kd_accel.demo:run", "the whole way, on handwritten digits and two CPU cores"),
     "config": (TrainConfig, "kd_accel.cli:print_config", "check config files of train and print what they come to"),

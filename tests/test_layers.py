@@ -29,7 +29,7 @@ LAYERS = (
         "embed",
         "evals.suite",
         "report pictures runs",
-        "filter prompts scoring selection knn",
+        "filter",
         "pack",
         "download",
         "index",

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from kd_accel.scoring import TopK, distinct, score_shard
+from kd_accel.filter.scoring import TopK, distinct, score_shard
 
 SHARD, CENTERS = 10_000, 100
 

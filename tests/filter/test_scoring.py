@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kd_accel import scoring
-from kd_accel.scoring import TopK, distinct, score_shard
+from kd_accel.filter import scoring
+from kd_accel.filter.scoring import TopK, distinct, score_shard
 
 N, P, D = 130, 7, 8
 

@@ -17,16 +17,16 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from kd_accel import filter as filtering
 from kd_accel.data.index import build_index, expand_shards, load_index
 from kd_accel.data.transforms import decode, eval_view
 from kd_accel.embed import verb
-from kd_accel.filter import run
+from kd_accel.filter import verb as filtering
+from kd_accel.filter.prompts import prompt_texts
+from kd_accel.filter.verb import run
 from kd_accel.filter_config import FilterConfig
 from kd_accel.models.class_embeddings import prompt_embeddings
 from kd_accel.models.teacher import Teacher
 from kd_accel.models.towers import encode_image
-from kd_accel.prompts import prompt_texts
 from kd_accel.schema import ConfigError, validate
 from kd_accel.sections import TeacherConfig
 

@@ -34,14 +34,14 @@ from kd_accel.data.open import open_one
 from kd_accel.data.source import BadSample, Source
 from kd_accel.data.store_files import shard_names
 from kd_accel.data.transforms import decode, eval_view
+from kd_accel.filter.prompts import is_stored, prompt_texts, sha256
+from kd_accel.filter.scoring import TopK, score_shard
+from kd_accel.filter.selection import Scored, select, write_tars
 from kd_accel.filter_config import FilterConfig
 from kd_accel.models.class_embeddings import class_embeddings, prompt_embeddings
 from kd_accel.models.teacher import Teacher
 from kd_accel.models.towers import encode_image
-from kd_accel.prompts import is_stored, prompt_texts, sha256
 from kd_accel.schema import ConfigError
-from kd_accel.scoring import TopK, score_shard
-from kd_accel.selection import Scored, select, write_tars
 from kd_accel.stored_teacher import NAMED_BY, check_store, teacher_in_words
 from kd_accel.types import ImageInput
 
@@ -55,7 +55,7 @@ def run(config: FilterConfig) -> None:
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
     if config.service is not None:
-        from kd_accel.knn import search  # the one part that needs a network library
+        from kd_accel.filter.knn import search  # the one part that needs a network library
 
         search(config.service, prompt_texts(config.prompts), out)
         return

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from kd_accel import knn
-from kd_accel.data.urls import read_urls
-from kd_accel.filter import run
+from kd_accel.download.urls import read_urls
+from kd_accel.filter import knn
+from kd_accel.filter.verb import run
 from kd_accel.filter_config import FilterConfig
 from kd_accel.schema import ConfigError, validate
 

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 
 from kd_accel.data.index import build_index, expand_shards
+from kd_accel.filter.scoring import TopK, best_first, distinct
 from kd_accel.filter_config import FilterConfig
-from kd_accel.scoring import TopK, best_first, distinct
 
 
 @dataclass(frozen=True, eq=False)

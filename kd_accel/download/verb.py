@@ -26,8 +26,8 @@ from tqdm import tqdm
 from kd_accel.data.index import build_index, expand_shards
 from kd_accel.data.resize import describe, resized
 from kd_accel.data.source import BadSample
-from kd_accel.data.urls import Row, read_urls
-from kd_accel.data.web import Failure, Web
+from kd_accel.download.urls import Row, read_urls
+from kd_accel.download.web import Failure, Web
 from kd_accel.download_config import DownloadConfig
 from kd_accel.schema import ConfigError
 

@@ -15,10 +15,10 @@ import pytest
 from faulty_server import FaultyServer
 from PIL import Image
 
-from kd_accel import download
 from kd_accel.data.index import read_sidecar
-from kd_accel.data.web import Web, is_public
-from kd_accel.download import run
+from kd_accel.download import verb as download
+from kd_accel.download.verb import run
+from kd_accel.download.web import Web, is_public
 from kd_accel.download_config import DownloadConfig
 from kd_accel.schema import ConfigError
 
@@ -243,7 +243,7 @@ def test_private_addresses_are_refused(server, configure, tmp_path, host):
 
 def test_a_redirect_to_a_private_address_is_refused(server, configure, tmp_path, monkeypatch):
     """A public server may send anybody anywhere; here loopback stands for the public one."""
-    monkeypatch.setattr("kd_accel.data.web.is_public", lambda address: address == "127.0.0.1")
+    monkeypatch.setattr("kd_accel.download.web.is_public", lambda address: address == "127.0.0.1")
     server.redirects = {"/address": "http://169.254.169.254/latest", "/name": "http://rebound.test/0.jpg"}
     monkeypatch.setattr(aiohttp.ThreadedResolver, "resolve", lambda *_: asyncio.sleep(0, [{"host": "10.0.0.1"}]))
     run(configure([f"{server.url}/address", f"{server.url}/name"], "list.txt", allow_private=False))

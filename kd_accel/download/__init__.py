@@ -1,0 +1,1 @@
+"""kd-accel download: a list of URLs as indexed shards."""

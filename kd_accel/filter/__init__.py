@@ -1,0 +1,1 @@
+"""kd-accel filter: images scored by prompts, the best kept."""
