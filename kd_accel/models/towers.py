@@ -160,7 +160,7 @@ def to_model_input(view: Tensor, wanted: ImageInput, dtype: torch.dtype) -> Tens
 def encode_image(model: nn.Module, view: Tensor, wanted: ImageInput) -> Tensor:
     """uint8 `view[b,3,H,W]` -> raw embeddings `[b,d]` in the image tower's dtype."""
     # Asked of the parameters and not of their data: under ZeRO-3 the data is elsewhere.
-    dtype = next(model.visual.parameters()).dtype
+    dtype = next(p.dtype for p in model.visual.parameters() if p.is_floating_point())  # others: int8 rows
     return model.encode_image(to_model_input(view, wanted, dtype), normalize=False)
 
 

@@ -40,7 +40,13 @@ SIGLIP = {
     "text_cfg": tiny.arch(24, 12)["text_cfg"] | {"no_causal_mask": True, "pool_type": "last", "proj_bias": True},
 }
 ONE_TOWER = {"embed_dim": 12, "vision_cfg": tiny.arch(24, 12)["vision_cfg"]}
-TEACHERS = {"48 px": tiny.arch(24, 12, image_size=48), "SigLIP-like": SIGLIP, "one tower": ONE_TOWER}
+RESNET = {"image_size": 32, "timm_model_name": "test_resnet", "timm_pool": "avg", "timm_proj": "linear"}
+TEACHERS = {
+    "48 px": tiny.arch(24, 12, image_size=48),
+    "SigLIP-like": SIGLIP,
+    "one tower": ONE_TOWER,
+    "ResNet": tiny.arch(24, 12) | {"vision_cfg": RESNET},  # its first parameter is a kernel
+}
 
 
 @pytest.fixture(scope="module")
