@@ -103,7 +103,8 @@ def _fetch_what_comes(cache: ShardCache, coming: _Coming) -> None:
         with coming:
             while not coming.wanted:
                 coming.wait()
-            shard = coming.wanted.popleft()
+            wanted = coming.wanted
+            shard = wanted.popleft()
         try:
             done = cache.fetch_ahead(*shard)
         except LocalError as error:
@@ -112,7 +113,7 @@ def _fetch_what_comes(cache: ShardCache, coming: _Coming) -> None:
         if not done:
             time.sleep(NO_ROOM_SECONDS)
             with coming:
-                coming.wanted.appendleft(shard)
+                wanted.appendleft(shard)  # to no purpose if another list has taken its place: that one knows better
 
 
 if __name__ == "__main__":
