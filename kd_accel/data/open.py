@@ -29,7 +29,7 @@ def open_source(data: DataConfig, *, images: bool, captions: bool) -> tuple[Sour
     opened = [open_one(section, images=images, captions=captions) for section in sections]
     for source, section in zip(opened, sections, strict=True):
         if source.is_remote:
-            source.require_room(min(len(source.paths), data.shuffle_window + section.cache.ahead))
+            source.read_in_windows(data.shuffle_window, section.cache.ahead)
     if not data.sources:
         return opened[0], None
     weights = [np.full(len(source.shard_sizes), s.weight) for source, s in zip(opened, sections, strict=True)]

@@ -60,6 +60,7 @@ class TarSource(Source):
         members += [("data.label", (label,))] if label is not None else []
         self.index: ShardIndex = load_index(self.paths, members)
         self.num_samples, self.shard_sizes = self.index.num_samples, self.index.shard_sizes
+        self._max_open = self._max_coming = MAX_OPEN
         self._files: dict[int, int] = {}  # shard -> file descriptor, least recently used first
 
     def __getstate__(self) -> dict:
@@ -84,14 +85,18 @@ class TarSource(Source):
         shard = self._shard(sample_id)
         return shown(self._remote.urls[shard]) if self.is_remote else str(self.paths[shard])
 
-    def require_room(self, shards: int) -> None:
-        """Raises ConfigError when the cache cannot hold so many remote shards at a time."""
-        self._remote.require_room(shards)
+    def read_in_windows(self, window: int, ahead: int) -> None:
+        """Hold `window` remote shards at most, since what is open stays in the cache, and fetch `ahead` more than that.
+
+        Raises ConfigError when the cache cannot hold them, with another window of processes that are a step further.
+        """
+        self._max_open, self._max_coming = min(MAX_OPEN, window), window + ahead
+        self._remote.require_room(min(len(self.paths), 2 * window + ahead))
 
     def prefetch(self, shards: Sequence[int]) -> None:
         """Fetch these remote shards in the background, soonest first."""
         if self.is_remote:
-            self._remote.prefetch(shards)
+            self._remote.prefetch(shards[: self._max_coming])
 
     def _texts(self, sample_id: int, fields: list[Field], column: int, name: str) -> tuple[str, ...]:
         """What the fields that the sample has say, at least one text; () where there are no fields."""
@@ -126,7 +131,7 @@ class TarSource(Source):
         if shard in self._files:
             self._files[shard] = self._files.pop(shard)  # now the most recently used
         else:
-            if len(self._files) == MAX_OPEN:
+            if len(self._files) == self._max_open:
                 os.close(self._files.pop(next(iter(self._files))))
             self._files[shard] = self._remote.open(shard) if self.is_remote else os.open(self.paths[shard], os.O_RDONLY)
         return self._files[shard]
