@@ -21,10 +21,10 @@ from tqdm import tqdm
 from webdataset import TarWriter
 
 from kd_accel.data.index import build_index, write_atomically
-from kd_accel.data.loader import is_lost_worker
 from kd_accel.data.open import open_one
 from kd_accel.data.resize import describe, resized
 from kd_accel.data.source import BadSample, Sample, Source
+from kd_accel.data.workers import is_lost_worker
 from kd_accel.pack_config import PackConfig
 from kd_accel.schema import ConfigError
 

@@ -20,7 +20,8 @@ from kd_accel.bad_samples import count_bad_samples
 from kd_accel.blame import non_finite_rows
 from kd_accel.checkpoint import TrainState
 from kd_accel.config import TrainConfig
-from kd_accel.data.loader import is_lost_worker, rows_per_micro_batch
+from kd_accel.data.loader import rows_per_micro_batch
+from kd_accel.data.workers import is_lost_worker
 from kd_accel.engine import Engine
 from kd_accel.episodes import Episodes
 from kd_accel.launch import end_accelerator, start_accelerator

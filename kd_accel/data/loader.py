@@ -7,11 +7,11 @@ been yielded, not what the workers have prefetched, is the state, so a run goes 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import closing
 from typing import Any
 
 import numpy as np
-import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from kd_accel.config import DataConfig
 from kd_accel.data.batches import BatchMaker, Joined, Row
@@ -20,8 +20,8 @@ from kd_accel.data.open import open_source
 from kd_accel.data.order import epoch_order, num_batches, samples_per_epoch
 from kd_accel.data.read_ahead import ReadAhead
 from kd_accel.data.source import BadSample, Source
+from kd_accel.data.workers import items_of
 from kd_accel.schema import ConfigError, LocalError
-from kd_accel.signals import stopping_left_to_the_parent
 from kd_accel.types import Batch, InputContract
 
 MAX_TRIES = 100  # samples in a row, from a bad one on, until the data counts as unusable
@@ -77,37 +77,16 @@ class TrainLoader:
 
         A worker uses one thread: torch sees to its own, open_clip (on import) to the tokenizers'.
         """
-        loader = DataLoader(
-            self._rows,
-            sampler=self._schedule(self.epoch, self.batches_done),
-            batch_size=None,
-            num_workers=self._config.num_workers,
-            collate_fn=_as_it_is,
-            pin_memory=torch.cuda.is_available(),
-            generator=torch.Generator(),  # torch would draw the workers' seed from the global generator
-        )
-        with stopping_left_to_the_parent():
-            items = iter(loader)  # starts the workers
-        try:
-            yield from self._steps(items)
-        finally:
-            # A traceback may hold `items`, and at exit Python waits for workers, which leave SIGTERM to their parent.
-            if self._config.num_workers:
-                items._shutdown_workers()
-
-    def _steps(self, items: Iterator) -> Iterator[list[Batch]]:
-        """What the workers made, as the micro-batches of each step."""
+        schedule = self._schedule(self.epoch, self.batches_done)
         micro_batches = []
-        for item in items:
-            if isinstance(item, ConfigError):
-                raise item
-            joined, bad = item
-            self.bad_samples += bad
-            micro_batches.append(self._maker.batch(joined))
-            if len(micro_batches) == self.accumulate:
-                self._count_batch()
-                yield micro_batches
-                micro_batches = []
+        with closing(items_of(self._rows, num_workers=self._config.num_workers, sampler=schedule)) as items:
+            for joined, bad in items:
+                self.bad_samples += bad
+                micro_batches.append(self._maker.batch(joined))
+                if len(micro_batches) == self.accumulate:
+                    self._count_batch()
+                    yield micro_batches
+                    micro_batches = []
 
     def take_bad(self) -> list[dict[str, Any]]:
         """{id, key, shard, reason, replaced_by, epoch} of each sample replaced in the batches since the last call."""
@@ -208,12 +187,3 @@ def rows_per_micro_batch(config: DataConfig, world_size: int, accumulate: int) -
             f" processes{micro_batches}: choose a multiple of {parts}"
         )
     return config.global_batch_size // parts
-
-
-def is_lost_worker(error: BaseException) -> bool:
-    """Whether a worker's process was ended from outside; torch only says so in words."""
-    return isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker (pid")
-
-
-def _as_it_is(item):
-    return item

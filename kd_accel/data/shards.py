@@ -103,8 +103,8 @@ class TarSource(Source):
         has = [i for i, _ in enumerate(fields) if self.index.offsets[sample_id, column + i] >= 0]
         if fields and not has:
             raise BadSample(f"{name} member is missing")
-        found = [_said(self._member(sample_id, column + i, name), fields[i], name) for i in has]
-        texts = tuple(text.strip() for said in found for text in said)
+        found = [said(self._member(sample_id, column + i, name), fields[i], name) for i in has]
+        texts = tuple(text.strip() for texts_of in found for text in texts_of)
         if fields and not (texts and all(texts)):
             raise BadSample(f"{name} is empty")
         return texts
@@ -137,7 +137,7 @@ class TarSource(Source):
         return self._files[shard]
 
 
-def _said(data: bytes, field: Field, name: str) -> list[str]:
+def said(data: bytes, field: Field, name: str) -> list[str]:
     """The texts in a member; raises BadSample for what holds none."""
     try:
         text = data.decode("utf-8")

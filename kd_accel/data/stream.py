@@ -24,7 +24,7 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from kd_accel.data.index import IMAGE_EXTENSIONS
 from kd_accel.data.remote import is_remote, shown
-from kd_accel.data.shards import MAX_LABEL_DIGITS, Field, _said
+from kd_accel.data.shards import MAX_LABEL_DIGITS, Field, said
 from kd_accel.data.source import BadSample, Sample
 from kd_accel.schema import ConfigError, LocalError
 
@@ -157,7 +157,7 @@ def _texts(members: dict[str, bytes], fields: list[Field], name: str) -> tuple[s
     has = [field for field in fields if field.extension in members]
     if fields and not has:
         raise BadSample(f"{name} member is missing")
-    texts = tuple(text.strip() for field in has for text in _said(members[field.extension], field, name))
+    texts = tuple(text.strip() for field in has for text in said(members[field.extension], field, name))
     if fields and not (texts and all(texts)):
         raise BadSample(f"{name} is empty")
     return texts

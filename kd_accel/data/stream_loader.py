@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from contextlib import closing
 from typing import Any
 
-import torch
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import IterableDataset, get_worker_info
 
 from kd_accel.data.batches import BatchMaker
 from kd_accel.data.order import num_batches
 from kd_accel.data.source import BadSample, Sample
 from kd_accel.data.stream import TarStream, Unusable
+from kd_accel.data.workers import items_of
 from kd_accel.schema import ConfigError, LocalError
-from kd_accel.signals import stopping_left_to_the_parent
 from kd_accel.types import Batch
 
 log = logging.getLogger("kd_accel")
@@ -69,37 +69,21 @@ class StreamLoader:
         self._rank, self._world_size, self._num_workers = rank, world_size, num_workers
 
     def __iter__(self) -> Iterator[list[Batch]]:
-        loader = DataLoader(
-            _Stream(self._stream, self._maker, self.batch_size, self._rank, self._world_size, self._shards_done()),
-            batch_size=None,
-            num_workers=self._num_workers,
-            collate_fn=_as_it_is,
-            pin_memory=torch.cuda.is_available(),
-            generator=torch.Generator(),  # torch would draw the workers' seed from the global generator
-        )
-        with stopping_left_to_the_parent():
-            items = iter(loader)  # starts the workers
-        try:
-            yield from self._steps(items)
-        finally:
-            # A traceback may hold `items`, and at exit Python waits for workers, which leave SIGTERM to their parent.
-            if self._num_workers:
-                items._shutdown_workers()
-
-    def _steps(self, items: Iterator) -> Iterator[list[Batch]]:
-        """What the workers made, as the micro-batches of each step."""
+        shards_done = self._shards_done()
+        stream = _Stream(self._stream, self._maker, self.batch_size, self._rank, self._world_size, shards_done)
         micro_batches = []
-        for item in items:
-            if isinstance(item, ConfigError):
-                raise item
-            joined, bad = item
-            self.bad_samples += bad
-            micro_batches.append(self._maker.batch(joined))
-            if len(micro_batches) == self.accumulate:
-                done = self.batches_done + 1
-                self.epoch, self.batches_done = self.epoch + done // self.steps_per_epoch, done % self.steps_per_epoch
-                yield micro_batches
-                micro_batches = []
+        with closing(items_of(stream, num_workers=self._num_workers)) as items:
+            for joined, bad in items:
+                self.bad_samples += bad
+                micro_batches.append(self._maker.batch(joined))
+                if len(micro_batches) == self.accumulate:
+                    self._count_batch()
+                    yield micro_batches
+                    micro_batches = []
+
+    def _count_batch(self) -> None:
+        done = self.batches_done + 1
+        self.epoch, self.batches_done = self.epoch + done // self.steps_per_epoch, done % self.steps_per_epoch
 
     def take_bad(self) -> list[dict[str, Any]]:
         """{id, key, shard, reason, replaced_by, epoch} of what was left out in the batches since the last call."""
@@ -179,7 +163,3 @@ def _record(found: Sample | Unusable, reason: str, epoch: int) -> dict[str, Any]
     """As TrainLoader's, but nothing replaces what is left out of a stream: the next sample is taken."""
     shard = found.shard if isinstance(found, Unusable) else None
     return {"id": None, "key": found.key, "shard": shard, "reason": reason, "replaced_by": None, "epoch": epoch}
-
-
-def _as_it_is(item: Any) -> Any:
-    return item
