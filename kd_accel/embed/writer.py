@@ -19,6 +19,7 @@ from kd_accel import distributed
 from kd_accel.data.embeddings import EmbeddingStore
 from kd_accel.data.store_files import INFO, StoreInfo, keys_sha256, map_shard, save_shard, shard_names, shard_starts
 from kd_accel.embed.job import Job
+from kd_accel.metrics import flat
 from kd_accel.schema import ConfigError, LocalError
 
 BAD = "bad_samples.jsonl"
@@ -64,10 +65,10 @@ def _prepare(job: Job) -> list[int]:
 
 
 def _compare(found: StoreInfo, job: Job) -> None:
-    theirs, ours = asdict(found), json.loads(json.dumps(asdict(job.info)))
-    differing = [key for key in theirs if theirs[key] != ours[key]]
+    theirs, ours = (flat(json.loads(json.dumps(asdict(info)))) for info in (found, job.info))
+    differing = [key for key in theirs | ours if theirs.get(key) != ours.get(key)]
     if differing:
-        said = "; ".join(f"{key}: there {json.dumps(theirs[key])}, here {json.dumps(ours[key])}" for key in differing)
+        said = "; ".join(f"{key}: there {theirs.get(key)}, here {ours.get(key)}" for key in differing)
         raise ConfigError(f"out={job.out}: another store is there, take another out or delete it ({said})")
 
 

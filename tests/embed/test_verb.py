@@ -265,7 +265,7 @@ def test_a_rerun_with_other_settings(make):
     before = (folder / "store.json").read_text()
     with pytest.raises(
         ConfigError,
-        match=r'^out=.*: another store .*"count": 2.*here.*"count": 1.*; dtype: there "fp16", here "int8"\)$',
+        match=r"^out=.*: another store .*\(views.count: there 2, here 1; dtype: there fp16, here int8\)$",
     ):
         make(views=1, dtype="int8")
     assert (folder / "store.json").read_text() == before
