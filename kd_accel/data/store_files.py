@@ -152,6 +152,7 @@ def save_shard(path: Path, features: dict[str, Tensor], *, dtype: str, starts: T
         tensors |= {tower: packed.contiguous()} | ({} if scale is None else {f"{tower}_scale": scale.contiguous()})
     temporary = path.with_name(f".{path.name}.tmp")
     save_file(tensors, temporary, metadata={METADATA: json.dumps(metadata)})
+    temporary.chmod(0o644)  # safetensors makes files that only their owner can read
     os.replace(temporary, path)
 
 

@@ -31,6 +31,7 @@ def embed_prompts(config: EmbedConfig, teacher: Teacher) -> None:
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         save_file({"embeddings": rows}, temporary, metadata={"names": json.dumps(names)})
+        temporary.chmod(0o644)  # safetensors makes files that only their owner can read
         os.replace(temporary, out)
     except OSError as error:
         raise ConfigError(f"out={out}: cannot be written ({error})") from None
