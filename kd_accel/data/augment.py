@@ -35,6 +35,12 @@ def augmented(view: Image.Image, augment: AugmentConfig, rng: np.random.Generato
     return view
 
 
+def changes(augment: AugmentConfig) -> bool:
+    """Whether anything at all can happen to a view after its crop."""
+    chances = augment.flip, augment.vertical_flip, augment.rotation, augment.grayscale
+    return any(chances) or augment.rand_augment is not None or augment.color_jitter is not None
+
+
 def jittered(view: Image.Image, jitter: ColorJitterConfig, rng: np.random.Generator) -> Image.Image:
     """torchvision's ColorJitter: each strength uniform in its range, the changes in random order."""
     ranges = [
