@@ -11,15 +11,14 @@ from typing import ClassVar, Literal
 from pydantic import Field, field_validator, model_validator
 
 from kd_accel.cache_config import CacheConfig
+from kd_accel.data_config import DataConfig, SourceConfig
 from kd_accel.schema import Schema
 from kd_accel.sections import (
-    DataConfig,
     LogConfig,
     LoopConfig,
     ObjectiveConfig,
     OptimConfig,
     SaveConfig,
-    SourceConfig,
     StudentConfig,
     TeacherConfig,
 )

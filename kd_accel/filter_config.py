@@ -6,8 +6,9 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from kd_accel.data_config import SourceConfig
 from kd_accel.schema import Schema
-from kd_accel.sections import SourceConfig, TeacherConfig
+from kd_accel.sections import TeacherConfig
 
 
 class ServiceConfig(Schema):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from kd_accel.sections import SourceConfig
+from kd_accel.data_config import SourceConfig
 
 
 class PackConfig(SourceConfig):

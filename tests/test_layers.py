@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "kd_accel"
 # A folder stands for its files, unless one of them is named by itself.
 LAYERS = (
     (
-        "__init__ types schema schedules terms augment_config cache_config sections config"
+        "__init__ types schema schedules terms augment_config cache_config data_config sections config"
         " pack_config filter_config download_config embed_config help",
     ),
     ("distributed", "losses", "random_state signals logs"),

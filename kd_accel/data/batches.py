@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kd_accel.config import DataConfig
 from kd_accel.data.captions import draw_text
 from kd_accel.data.embeddings import EmbeddingStore
 from kd_accel.data.source import Sample
 from kd_accel.data.views import Views, largest, shared_views
+from kd_accel.data_config import DataConfig
 from kd_accel.trim import trimmed
 from kd_accel.types import Batch, InputContract, TextInput
 

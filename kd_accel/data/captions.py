@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from kd_accel.data.source import BadSample, Sample
-from kd_accel.sections import DataConfig
+from kd_accel.data_config import DataConfig
 
 STREAM = 1  # augmentation draws from [seed, epoch, id], captions from [seed, epoch, id, STREAM]
 

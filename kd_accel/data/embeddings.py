@@ -23,8 +23,8 @@ from kd_accel.data.store_files import (
     shard_starts,
     views_of,
 )
+from kd_accel.data_config import DataConfig
 from kd_accel.schema import ConfigError, LocalError
-from kd_accel.sections import DataConfig
 
 MAX_OPEN = 64  # shards per process
 TOWERS = ("image", "text")

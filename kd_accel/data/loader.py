@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset
 
-from kd_accel.config import DataConfig
 from kd_accel.data.batches import BatchMaker, Joined, Row
 from kd_accel.data.embeddings import EmbeddingStore
 from kd_accel.data.open import open_source
@@ -21,6 +20,7 @@ from kd_accel.data.order import epoch_order, num_batches, samples_per_epoch
 from kd_accel.data.read_ahead import ReadAhead
 from kd_accel.data.source import BadSample, Source
 from kd_accel.data.workers import items_of
+from kd_accel.data_config import DataConfig
 from kd_accel.schema import ConfigError, LocalError
 from kd_accel.types import Batch, InputContract
 

@@ -16,8 +16,8 @@ from kd_accel.data.remote_shards import RemoteShards, expand_urls, open_cache
 from kd_accel.data.shards import TarSource
 from kd_accel.data.source import Source, Sources
 from kd_accel.data.tables import open_table
+from kd_accel.data_config import DataConfig, SourceConfig
 from kd_accel.schema import ConfigError
-from kd_accel.sections import DataConfig, SourceConfig
 
 
 def open_source(data: DataConfig, *, images: bool, captions: bool) -> tuple[Source, np.ndarray | None]:

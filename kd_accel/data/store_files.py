@@ -32,8 +32,8 @@ from kd_accel.augment_config import AugmentConfig
 from kd_accel.config import sources_of
 from kd_accel.data.source import Source
 from kd_accel.data.views import Views
+from kd_accel.data_config import DataConfig
 from kd_accel.schema import ConfigError, LocalError
-from kd_accel.sections import DataConfig
 
 INFO = "store.json"
 FORMAT = "kd_accel.store/1"

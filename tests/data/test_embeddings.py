@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from kd_accel.config import DataConfig
 from kd_accel.data import embeddings
 from kd_accel.data.embeddings import EmbeddingStore
 from kd_accel.data.source import BadSample
 from kd_accel.data.store_files import StoreInfo, captions_of, keys_sha256, pack_rows, save_shard, shard_names
+from kd_accel.data_config import DataConfig
 from kd_accel.schema import ConfigError, LocalError
 
 SIZES = [3, 4, 2]

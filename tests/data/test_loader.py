@@ -15,10 +15,10 @@ import pytest
 import tiny
 import torch
 
-from kd_accel.config import DataConfig
 from kd_accel.data.index import build_index, expand_shards
 from kd_accel.data.loader import TrainLoader
 from kd_accel.data.order import epoch_order
+from kd_accel.data_config import DataConfig
 from kd_accel.schema import ConfigError
 
 SIZES = [7, 5, 9]  # N = 21

@@ -12,8 +12,8 @@ from open_clip import SimpleTokenizer
 
 from kd_accel.data.index import build_index, expand_shards
 from kd_accel.data.loader import TrainLoader
+from kd_accel.data_config import DataConfig
 from kd_accel.schema import validate
-from kd_accel.sections import DataConfig
 from kd_accel.types import ImageInput, InputContract, TextInput
 
 EPOCHS, SETTLED, ALLOWED = 20, 2, 0.02
