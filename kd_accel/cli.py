@@ -12,12 +12,7 @@ from importlib import import_module
 from typing import Any, ClassVar, get_origin
 
 from kd_accel import __version__
-from kd_accel.config import DemoConfig, EvalConfig, IndexConfig, ReportConfig, TrainConfig
-from kd_accel.download_config import DownloadConfig
-from kd_accel.embed_config import EmbedConfig
-from kd_accel.filter_config import FilterConfig
 from kd_accel.help import explain
-from kd_accel.pack_config import PackConfig
 from kd_accel.schema import ConfigError, LocalError, Schema, alternatives, did_you_mean, dump, load
 
 
@@ -30,25 +25,57 @@ class HelpConfig(Schema):
 
 
 VERBS = {
-    "train": (TrainConfig, "kd_accel.train:run", "train a student, beside its frozen teacher or alone"),
-    "embed": (EmbedConfig, "kd_accel.embed.verb:run", "store a teacher's features, for training without the teacher"),
-    "eval": (EvalConfig, "kd_accel.evals.suite:run", "zero-shot classification and retrieval of a run or a release"),
-    "pack": (PackConfig, "kd_accel.pack:run", "any data as indexed webdataset shards, resized on the way"),
-    "index": (IndexConfig, "kd_accel.index:run", "list the samples of webdataset tars, once, before training"),
+    "train": (
+        "kd_accel.config:TrainConfig",
+        "kd_accel.train:run",
+        "train a student, beside its frozen teacher or alone",
+    ),
+    "embed": (
+        "kd_accel.embed_config:EmbedConfig",
+        "kd_accel.embed.verb:run",
+        "store a teacher's features, for training without the teacher",
+    ),
+    "eval": (
+        "kd_accel.config:EvalConfig",
+        "kd_accel.evals.suite:run",
+        "zero-shot classification and retrieval of a run or a release",
+    ),
+    "pack": (
+        "kd_accel.pack_config:PackConfig",
+        "kd_accel.pack:run",
+        "any data as indexed webdataset shards, resized on the way",
+    ),
+    "index": (
+        "kd_accel.config:IndexConfig",
+        "kd_accel.index:run",
+        "list the samples of webdataset tars, once, before training",
+    ),
     "filter": (
-        FilterConfig,
+        "kd_accel.filter_config:FilterConfig",
         "kd_accel.filter.verb:run",
         "score images by prompts with a teacher, and keep the best ones",
     ),
     "download": (
-        DownloadConfig,
+        "kd_accel.download_config:DownloadConfig",
         "kd_accel.download.verb:run",
         "the images of a list of URLs as indexed webdataset shards",
     ),
-    "report": (ReportConfig, "kd_accel.report:run", "one HTML page with the curves and results of runs"),
-    "demo": (DemoConfig, "kd_accel.demo:run", "the whole way, on handwritten digits and two CPU cores"),
-    "config": (TrainConfig, "kd_accel.cli:print_config", "check config files of train and print what they come to"),
-    "help": (HelpConfig, "kd_accel.cli:print_help", "explain the keys of a verb"),
+    "report": (
+        "kd_accel.config:ReportConfig",
+        "kd_accel.report:run",
+        "one HTML page with the curves and results of runs",
+    ),
+    "demo": (
+        "kd_accel.config:DemoConfig",
+        "kd_accel.demo:run",
+        "the whole way, on handwritten digits and two CPU cores",
+    ),
+    "config": (
+        "kd_accel.config:TrainConfig",
+        "kd_accel.cli:print_config",
+        "check config files of train and print what they come to",
+    ),
+    "help": ("kd_accel.cli:HelpConfig", "kd_accel.cli:print_help", "explain the keys of a verb"),
 }
 
 
@@ -68,8 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     try:
         verb, config = parse(words)
-        module, function = VERBS[verb][1].split(":")
-        return getattr(import_module(module), function)(config) or 0
+        return _named(VERBS[verb][1])(config) or 0
     except ConfigError as error:
         # Every rank meets the same mistake, and one of them says so; what one rank meets alone, it says itself.
         if os.environ.get("RANK", "0") == "0" or isinstance(error, LocalError):
@@ -94,18 +120,23 @@ def parse(words: Sequence[str]) -> tuple[str, Schema]:
     overrides = [word for word in arguments if "=" in word]
     files = [word for word in arguments if word not in overrides and word.endswith((".yaml", ".yml"))]
     rest = [word for word in arguments if word not in overrides and word not in files]
-    return verb, load(VERBS[verb][0], files, overrides, **_positional(verb, rest, given=bool(files or overrides)))
+    return verb, load(config_class(verb), files, overrides, **_positional(verb, rest, given=bool(files or overrides)))
+
+
+def config_class(verb: str) -> type[Schema]:
+    """The schema of a verb's keys; imported only now, so that every verb starts without those of the others."""
+    return _named(VERBS[verb][0])
 
 
 def usage(verb: str) -> str:
     """The command line of a verb."""
-    name, many, needed = _positional_field(VERBS[verb][0])
+    name, many, needed = _positional_field(config_class(verb))
     word = f"{name.upper()} [{name.upper()} ...]" if many else name.upper()
     words = ["kd-accel", verb, word if needed or not name else f"[{word}]", "[CONFIG.yaml ...]", "[key=value ...]"]
     return " ".join(filter(None, words))
 
 
-def print_config(config: TrainConfig) -> None:
+def print_config(config: Schema) -> None:
     """kd-accel config: every key with its value, as YAML that `train` accepts."""
     print(dump(config), end="")
 
@@ -117,10 +148,16 @@ def print_help(config: HelpConfig) -> None:
         print("\n".join(f"  {verb:8}{line}" for verb, (_, _, line) in VERBS.items()))
         print("\nLater files and keys win. kd-accel help VERB explains the keys of a verb.")
     elif config.verb in VERBS:
-        schema, _, line = VERBS[config.verb]
+        schema, line = config_class(config.verb), VERBS[config.verb][2]
         print(f"{usage(config.verb)}\n\n{line[0].upper()}{line[1:]}.\n\n{explain(schema)}")
     else:
         raise ConfigError(f"unknown verb '{config.verb}'{did_you_mean(config.verb, list(VERBS))}")
+
+
+def _named(path: str) -> Any:
+    """What `module:name` names."""
+    module, name = path.split(":")
+    return getattr(import_module(module), name)
 
 
 def _positional(verb: str, words: list[str], *, given: bool) -> dict[str, Any]:
@@ -128,7 +165,7 @@ def _positional(verb: str, words: list[str], *, given: bool) -> dict[str, Any]:
 
     Without any, the field may still come from the files or keys that are `given`.
     """
-    name, many, needed = _positional_field(VERBS[verb][0])
+    name, many, needed = _positional_field(config_class(verb))
     if words and not name:
         raise ConfigError(f"'{words[0]}' is neither a .yaml file nor key=value; usage: {usage(verb)}")
     if len(words) > 1 and not many:

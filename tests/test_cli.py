@@ -127,7 +127,7 @@ def _verb(monkeypatch, tmp_path, body: str) -> None:
     )
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "target_module", raising=False)
-    monkeypatch.setitem(cli.VERBS, "index", (IndexConfig, "target_module:run", "for this test"))
+    monkeypatch.setitem(cli.VERBS, "index", ("kd_accel.config:IndexConfig", "target_module:run", "for this test"))
 
 
 @pytest.mark.parametrize(
@@ -180,7 +180,7 @@ def test_help_explains_every_key(verb, capsys):
     assert out.startswith(cli.usage(verb))
     assert max(map(len, out.splitlines())) <= 100
     text = " ".join(out.split())
-    for name, field in cli.VERBS[verb][0].model_fields.items():
+    for name, field in cli.config_class(verb).model_fields.items():
         assert f"  {name}" in out
         assert " ".join((field.description or "").split()) in text
 
@@ -206,7 +206,7 @@ def test_help_shows_type_limit_and_default(line, capsys):
     assert line in capsys.readouterr().out.splitlines()
 
 
-@pytest.mark.parametrize("target", [target for _, target, _ in cli.VERBS.values()])
+@pytest.mark.parametrize("target", [target for verb in cli.VERBS.values() for target in verb[:2]])
 def test_targets_exist(target):
     module, function = target.split(":")
     assert callable(getattr(__import__(module, fromlist=[function]), function))
