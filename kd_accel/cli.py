@@ -145,7 +145,8 @@ def print_help(config: HelpConfig) -> None:
     """kd-accel help: the verbs, or the keys of one of them."""
     if config.verb is None:
         print(f"kd-accel {__version__}: kd-accel VERB [CONFIG.yaml ...] [key=value ...]\n")
-        print("\n".join(f"  {verb:8}{line}" for verb, (_, _, line) in VERBS.items()))
+        width = max(map(len, VERBS))
+        print("\n".join(f"  {verb:{width}}  {line}" for verb, (_, _, line) in VERBS.items()))
         print("\nLater files and keys win. kd-accel help VERB explains the keys of a verb.")
     elif config.verb in VERBS:
         schema, line = config_class(config.verb), VERBS[config.verb][2]
