@@ -36,7 +36,7 @@ VERBS = {
         "store a teacher's features, for training without the teacher",
     ),
     "eval": (
-        "kd_accel.config:EvalConfig",
+        "kd_accel.eval_config:EvalConfig",
         "kd_accel.evals.suite:run",
         "zero-shot classification and retrieval of a run or a release",
     ),

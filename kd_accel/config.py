@@ -106,24 +106,6 @@ class IndexConfig(Schema):
     cache: CacheConfig = CacheConfig()
 
 
-class EvalConfig(Schema):
-    """kd-accel eval RUN_OR_RELEASE data=FOLDER: zero-shot classification and retrieval, on all processes."""
-
-    positional: ClassVar[str] = "model"
-    model: str
-    """A run (its newest checkpoint), a checkpoint, or a release directory."""
-    data: str | list[str]
-    """Folders in CLIP_benchmark's webdataset layout, folders of such folders, or of image-caption tars (retrieval)."""
-    batch_size: int = Field(256, gt=0)
-    """Images per process and forward pass."""
-    num_workers: int = Field(2, ge=0)
-    """Loader processes per process."""
-    precision: Literal["bf16", "fp32"] = "fp32"
-    """Of the model."""
-    output: str | None = None
-    """Where the rows go; null: results.jsonl of the run, or beside the release."""
-
-
 class ReportConfig(Schema):
     """kd-accel report RUN [RUN ...]: one self-contained report.html with curves and the evaluation table."""
 

@@ -28,8 +28,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from kd_accel.config import DemoConfig, EvalConfig
+from kd_accel.config import DemoConfig
 from kd_accel.data.index import build_index, expand_shards
+from kd_accel.eval_config import EvalConfig
 from kd_accel.evals import suite
 from kd_accel.metrics import read_rows
 from kd_accel.models.release import resolve_release

@@ -9,7 +9,8 @@ import sys
 import pytest
 
 from kd_accel import __version__, cli
-from kd_accel.config import DemoConfig, EvalConfig, IndexConfig, ReportConfig, TrainConfig
+from kd_accel.config import DemoConfig, IndexConfig, ReportConfig, TrainConfig
+from kd_accel.eval_config import EvalConfig
 from kd_accel.schema import ConfigError, load
 
 TRAIN = """

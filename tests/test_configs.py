@@ -11,7 +11,8 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from conftest import run_process
 
-from kd_accel.config import EvalConfig, TrainConfig
+from kd_accel.config import TrainConfig
+from kd_accel.eval_config import EvalConfig
 from kd_accel.schema import ConfigError, dump, load
 
 REPO = Path(__file__).resolve().parent.parent

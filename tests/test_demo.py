@@ -24,7 +24,7 @@ from kd_accel import demo
 from kd_accel.config import TrainConfig
 from kd_accel.data.index import expand_shards
 from kd_accel.data.shards import TarSource
-from kd_accel.evals.folders import find_sets
+from kd_accel.evals.find import find_sets
 from kd_accel.schema import ConfigError, load
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -101,7 +101,7 @@ def test_the_data_is_what_training_and_evaluation_read(data, rows):
     shards = expand_shards(str(data / "train"))
     assert len(shards) > 1
     assert TarSource(shards, captions=["txt"]).num_samples == len(train)
-    assert sorted(found.task for found in find_sets(str(data / "test"))) == ["retrieval", "zero_shot"]
+    assert sorted(found.kind for found in find_sets(str(data / "test"))) == ["retrieval", "zero_shot"]
     assert len(members(data / "test" / "digits" / "test" / "0.tar", ".cls")) == len(test)
 
 

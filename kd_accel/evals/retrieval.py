@@ -8,24 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kd_accel.evals.encoder import Encoder, encode_all_texts, map_images
-from kd_accel.evals.folders import EvalSet, Sample
-
 KS = (1, 5, 10)
 CHUNK_ROWS = 256  # queries whose scores exist at a time
-
-
-def evaluate_retrieval(
-    encoder: Encoder, eval_set: EvalSet, samples: list[Sample], *, batch_size: int, num_workers: int
-) -> tuple[int, dict[str, float]]:
-    """(images that counted, metrics); alike on every rank. An unreadable image takes its captions with it."""
-    rows, images = map_images(
-        encoder, eval_set, samples, lambda features: features, batch_size=batch_size, num_workers=num_workers
-    )
-    captions = [samples[row].captions for row in rows.tolist()]
-    owner = torch.tensor([image for image, own in enumerate(captions) for _ in own], device=images.device)  # [m]
-    texts = encode_all_texts(encoder, [caption for own in captions for caption in own], batch_size=batch_size)
-    return len(rows), recall(images, texts, owner)
 
 
 def recall(images: Tensor, texts: Tensor, owner: Tensor, *, chunk_rows: int = CHUNK_ROWS) -> dict[str, float]:

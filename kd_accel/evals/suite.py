@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from kd_accel import distributed
-from kd_accel.config import EvalConfig
+from kd_accel.eval_config import EvalConfig, MeasureConfig
 from kd_accel.evals.encoder import Encoder, load_encoder
-from kd_accel.evals.folders import EvalSet, find_sets, read_samples
-from kd_accel.evals.retrieval import evaluate_retrieval
-from kd_accel.evals.zero_shot import evaluate_zero_shot
+from kd_accel.evals.find import find_sets
+from kd_accel.evals.measure import measure
+from kd_accel.evals.sets import EvalSet
 from kd_accel.schema import ConfigError
 
 TIMEOUT_S = 3600  # a rank may decode its images this much longer than another
@@ -33,36 +33,23 @@ def run(config: EvalConfig) -> None:
     if problem := distributed.from_main(_why_not_writable(output) if distributed.is_main() else None):
         raise ConfigError(problem)
     rows = []
-    for row in evaluate(encoder, eval_sets, batch_size=config.batch_size, num_workers=config.num_workers):
+    for row in evaluate(encoder, eval_sets, config):
         rows.append(row)
         if distributed.is_main():
             _append(output, row)
             print(_in_words(row), flush=True)
     if distributed.is_main():
-        print(f"\n{encoder.title}\n{table(rows)}\nwritten to {output}")
+        print(f"\n{_title(encoder)}\n{table(rows)}\nwritten to {output}")
 
 
-def evaluate(
-    encoder: Encoder, eval_sets: list[EvalSet], *, batch_size: int, num_workers: int
-) -> Iterator[dict[str, Any]]:
+def evaluate(encoder: Encoder, eval_sets: list[EvalSet], config: MeasureConfig) -> Iterator[dict[str, Any]]:
     """One row of results.jsonl per set, as soon as it is done; the same rows on every rank."""
     for eval_set in eval_sets:
-        yield _evaluate_set(encoder, eval_set, batch_size, num_workers)
+        yield measure(encoder, eval_set, config)
 
 
-def _evaluate_set(encoder: Encoder, eval_set: EvalSet, batch_size: int, num_workers: int) -> dict[str, Any]:
-    samples = read_samples(eval_set)
-    measure = evaluate_zero_shot if eval_set.task == "zero_shot" else evaluate_retrieval
-    n, metrics = measure(encoder, eval_set, samples, batch_size=batch_size, num_workers=num_workers)
-    return {
-        "model": encoder.name,
-        "step": encoder.step,
-        "task": eval_set.task,
-        "dataset": eval_set.name,
-        "n": n,
-        "bad": len(samples) - n,
-        "metrics": metrics,
-    }
+def _title(encoder: Encoder) -> str:
+    return encoder.name if encoder.step is None else f"{encoder.name}, step {encoder.step:,}"
 
 
 def _why_not_writable(output: Path) -> str | None:

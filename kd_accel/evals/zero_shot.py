@@ -5,12 +5,13 @@ n images, C classes, P prompt templates, d embedding width.
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kd_accel.evals.encoder import Encoder, encode_all_texts, map_images
-from kd_accel.evals.folders import EvalSet, Sample
+from kd_accel.evals.encoder import Encoder
+from kd_accel.evals.features import in_chunks, text_features
+
+CHUNK_ROWS = 1024  # images whose logits exist at a time
 
 
 def classifier(
@@ -18,25 +19,17 @@ def classifier(
 ) -> Tensor:  # [C, d]
     """One unit row per class: the mean of its normalised prompts, normalised again."""
     prompts = [template.replace("{c}", name) for name in class_names for template in templates]
-    features = encode_all_texts(encoder, prompts, batch_size=batch_size)  # [C * P, d]
+    features = F.normalize(text_features(encoder, prompts, batch_size=batch_size), dim=-1)  # [C * P, d]
     return F.normalize(features.unflatten(0, (len(class_names), len(templates))).mean(1), dim=-1)
 
 
-def evaluate_zero_shot(
-    encoder: Encoder, eval_set: EvalSet, samples: list[Sample], *, batch_size: int, num_workers: int
-) -> tuple[int, dict[str, float | None]]:
-    """(images that counted, metrics); alike on every rank."""
-    weights = classifier(encoder, eval_set.class_names, eval_set.templates, batch_size=batch_size)
-    rows, predictions = map_images(
-        encoder,
-        eval_set,
-        samples,
-        lambda features: best_classes(100 * features @ weights.T),
-        batch_size=batch_size,
-        num_workers=num_workers,
-    )
-    labels = torch.tensor([samples[row].label for row in rows.tolist()])
-    return len(rows), accuracy(predictions.cpu(), labels, num_classes=len(weights))
+def classify(images: Tensor, weights: Tensor) -> Tensor:
+    """[n, d] raw features, [C, d] classifier -> [n, min(5, C)] int64 on the CPU, on every rank: the best classes."""
+
+    def best(rows: range) -> Tensor:
+        return best_classes(100 * F.normalize(images[rows.start : rows.stop], dim=-1) @ weights.T)
+
+    return in_chunks(len(images), best, chunk_rows=CHUNK_ROWS).cpu()
 
 
 def best_classes(logits: Tensor) -> Tensor:  # [n, C] -> [n, min(5, C)] int64

@@ -7,8 +7,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kd_accel.evals.folders import find_sets, read_samples
-from kd_accel.evals.retrieval import evaluate_retrieval, rank_of_match, recall
+from kd_accel.eval_config import MeasureConfig
+from kd_accel.evals.find import find_sets
+from kd_accel.evals.measure import measure
+from kd_accel.evals.retrieval import rank_of_match, recall
 
 
 def random_set(num_images: int = 40):
@@ -83,9 +85,8 @@ def test_an_unreadable_image_takes_its_captions_with_it(encoder, tmp_path, write
     whole = write_benchmark(tmp_path / "whole", {key: s for key, s in samples.items() if key != "s0001"})
     samples["s0001"]["png"] = b"no image"
     broken = write_benchmark(tmp_path / "broken", samples)
-    results = []
-    for eval_set in find_sets([whole, broken]):
-        # batches of one row: leaving one out must not change the others' rounding
-        results.append(evaluate_retrieval(encoder, eval_set, read_samples(eval_set), batch_size=1, num_workers=0))
-    assert results[0] == results[1]
-    assert results[0][0] == 8
+    # batches of one row: leaving one out must not change the others' rounding
+    config = MeasureConfig(data=str(tmp_path), batch_size=1, num_workers=0)
+    rows = [measure(encoder, eval_set, config) for eval_set in find_sets([whole, broken])]
+    assert rows[0]["metrics"] == rows[1]["metrics"]
+    assert [row["n"] for row in rows] == [8, 8]

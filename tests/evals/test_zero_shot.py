@@ -7,8 +7,10 @@ import torch
 import torch.nn.functional as F
 from sklearn.metrics import recall_score, top_k_accuracy_score
 
-from kd_accel.evals.folders import find_sets, read_samples
-from kd_accel.evals.zero_shot import accuracy, best_classes, classifier, evaluate_zero_shot
+from kd_accel.eval_config import MeasureConfig
+from kd_accel.evals.find import find_sets
+from kd_accel.evals.measure import measure
+from kd_accel.evals.zero_shot import accuracy, best_classes, classifier
 
 
 def test_metrics_equal_scikit_learn():
@@ -53,13 +55,14 @@ def test_a_set_is_classified_row_by_row(encoder, tmp_path, write_benchmark, labe
     samples = list(labelled(labels).items())
     folder = write_benchmark(tmp_path / "set", dict(samples[:7]), dict(samples[7:]), num_classes=6)
     [eval_set] = find_sets(folder)
-    n, ours = evaluate_zero_shot(encoder, eval_set, read_samples(eval_set), batch_size=4, num_workers=num_workers)
+    row = measure(encoder, eval_set, MeasureConfig(data=str(folder), batch_size=4, num_workers=num_workers))
 
     from kd_accel.data.transforms import decode, eval_view
 
     weights = encoder.encode_texts([t.format(c=f"thing {i}") for i in range(6) for t in ("a photo of a {c}.", "{c}")])
+    weights = F.normalize(weights, dim=-1)
     weights = F.normalize(weights[::2] + weights[1::2], dim=-1)
-    views = [eval_view(decode(members["png"]), encoder.contract.image)[None] for _, members in samples]
+    views = [eval_view(decode(members["png"]), encoder.image_input)[None] for _, members in samples]
     logits = torch.cat([encoder.encode_images(view) @ weights.T for view in views])
-    assert n == len(labels)
-    assert ours == accuracy(logits.topk(5, dim=1).indices, torch.tensor(labels), num_classes=6)
+    assert row["n"] == len(labels)
+    assert row["metrics"] == accuracy(logits.topk(5, dim=1).indices, torch.tensor(labels), num_classes=6)

@@ -7,7 +7,8 @@ import tarfile
 import pytest
 import torch
 
-from kd_accel.evals.folders import ImageBatches, deal, find_sets, read_samples
+from kd_accel.evals.features import ImageBatches, deal
+from kd_accel.evals.find import find_sets
 from kd_accel.schema import ConfigError
 
 
@@ -15,17 +16,17 @@ def test_a_zero_shot_set(tmp_path, write_benchmark, labelled):
     """Classes, templates and rows come in the order of their files; rows count through the tars."""
     samples = list(labelled([1, 0, 2, 1]).items())
     [found] = find_sets(str(write_benchmark(tmp_path / "things", dict(samples[:3]), dict(samples[3:]), num_classes=3)))
-    assert (found.name, found.task) == ("things", "zero_shot")
+    assert (found.name, found.kind) == ("things", "zero_shot")
     assert found.class_names == ("thing 0", "thing 1", "thing 2")
     assert found.templates == ("a photo of a {c}.", "{c}")
-    assert [(s.key, s.label) for s in read_samples(found)] == [("s0000", 1), ("s0001", 0), ("s0002", 2), ("s0003", 1)]
+    assert [(s.key, s.label) for s in found.samples()] == [("s0000", 1), ("s0001", 0), ("s0002", 2), ("s0003", 1)]
 
 
 def test_without_a_type_it_is_classification(tmp_path, write_benchmark, labelled):
     """As CLIP_benchmark has it: DataComp's folders bring no dataset_type.txt."""
     folder = write_benchmark(tmp_path / "things", labelled([0]), num_classes=1)
     (folder / "dataset_type.txt").unlink()
-    assert find_sets(folder)[0].task == "zero_shot"
+    assert find_sets(folder)[0].kind == "zero_shot"
 
 
 def test_a_retrieval_set_has_a_caption_per_line(tmp_path, write_benchmark, captioned):
@@ -33,8 +34,8 @@ def test_a_retrieval_set_has_a_caption_per_line(tmp_path, write_benchmark, capti
     samples = captioned([2, 1])
     samples["s0001"]["txt"] = b"\n  one caption  \n\n"
     [found] = find_sets(write_benchmark(tmp_path / "pairs", samples))
-    assert found.task == "retrieval"
-    assert [s.captions for s in read_samples(found)] == [
+    assert found.kind == "retrieval"
+    assert [s.captions for s in found.samples()] == [
         ("caption 0 of image 0", "caption 1 of image 0"),
         ("one caption",),
     ]
@@ -47,8 +48,8 @@ def test_a_folder_of_tars_has_a_caption_per_image(tmp_path, write_tar, captioned
     write_tar(tmp_path / "val" / "00000.tar", samples)
     (tmp_path / "val" / "._00000.tar").write_bytes(b"macOS leaves this")
     [found] = find_sets(tmp_path / "val")
-    [sample] = read_samples(found)
-    assert (found.name, found.task) == ("val", "retrieval")
+    [sample] = found.samples()
+    assert (found.name, found.kind) == ("val", "retrieval")
     assert sample.captions == ("caption 0 of image 0\ncaption 1 of image 0",)
 
 
@@ -58,7 +59,7 @@ def test_a_folder_of_sets(tmp_path, write_benchmark, write_tar, labelled, captio
     write_benchmark(tmp_path / "all" / "c", captioned([1]))
     write_tar(tmp_path / "all" / "a" / "0.tar", captioned([1]))
     (tmp_path / "all" / "downloads").mkdir()
-    assert [(s.name, s.task) for s in find_sets(tmp_path / "all")] == [
+    assert [(s.name, s.kind) for s in find_sets(tmp_path / "all")] == [
         ("a", "retrieval"),
         ("b", "zero_shot"),
         ("c", "retrieval"),
@@ -75,7 +76,7 @@ def test_keys_with_folders_and_capital_extensions(tmp_path, write_tar, picture):
     """A key is everything up to the first dot of the name, and two folders of a tar may share names."""
     samples = {f"{folder}/0": {"PNG": picture(0), "txt": folder.encode()} for folder in ("a.b", "c")}
     write_tar(tmp_path / "set" / "0.tar", samples)
-    assert [(s.key, s.captions) for s in read_samples(find_sets(tmp_path / "set")[0])] == [
+    assert [(s.key, s.captions) for s in find_sets(tmp_path / "set")[0].samples()] == [
         ("a.b/0", ("a.b",)),
         ("c/0", ("c",)),
     ]
@@ -146,7 +147,7 @@ def test_a_wrong_label_names_its_sample(tmp_path, write_benchmark, labelled, pic
     samples = labelled([0, 1, 2]) | {"s0001": {"png": picture(1), **members}}
     [found] = find_sets(write_benchmark(tmp_path / "set", samples, num_classes=3))
     with pytest.raises(ConfigError, match=said):
-        read_samples(found)
+        found.samples()
 
 
 @pytest.mark.parametrize(
@@ -157,14 +158,14 @@ def test_a_wrong_caption_names_its_sample(tmp_path, write_benchmark, captioned, 
     samples = captioned([1, 1])
     samples["s0001"]["txt"] = text
     with pytest.raises(ConfigError, match=said):
-        read_samples(find_sets(write_benchmark(tmp_path / "set", samples))[0])
+        find_sets(write_benchmark(tmp_path / "set", samples))[0].samples()
 
 
 def test_an_empty_set_is_an_error(tmp_path, write_benchmark):
     """A tar without samples gives no metric."""
     [found] = find_sets(write_benchmark(tmp_path / "set", {}))
     with pytest.raises(ConfigError, match="no samples in its 1 tars"):
-        read_samples(found)
+        found.samples()
 
 
 @pytest.mark.parametrize("past", [0, 100, 512, 600])
@@ -176,7 +177,7 @@ def test_a_cut_tar_is_an_error(tmp_path, write_benchmark, captioned, past):
         second_sample = tar.getmembers()[2].offset
     path.write_bytes(path.read_bytes()[: second_sample + past])
     with pytest.raises(ConfigError, match=r"0\.tar: not a whole tar"):
-        read_samples(find_sets(folder)[0])
+        find_sets(folder)[0].samples()
 
 
 def test_every_row_is_dealt_once():
@@ -192,10 +193,10 @@ def test_a_batch_holds_what_the_model_sees(encoder, tmp_path, write_benchmark, c
     samples = captioned([1, 1, 1])
     samples["s0000"]["png"] = samples["s0001"]["png"] = picture(0)[:50]
     found = find_sets(write_benchmark(tmp_path / "set", samples))[0]
-    batches = ImageBatches(read_samples(found), [range(0, 1), range(1, 3)], encoder.contract.image)
+    batches = ImageBatches(found, found.samples(), [range(0, 1), range(1, 3)], encoder.image_input)
     rows, views, bad = batches[0]
     assert (rows.tolist(), tuple(views.shape), len(bad)) == ([], (0, 3, 32, 32), 1)
     rows, views, bad = batches[1]
     assert rows.tolist() == [2]
     assert bad[0].startswith("s0001: image cannot be decoded")
-    torch.testing.assert_close(views[0], eval_view(decode(picture(2)), encoder.contract.image), rtol=0, atol=0)
+    torch.testing.assert_close(views[0], eval_view(decode(picture(2)), encoder.image_input), rtol=0, atol=0)
