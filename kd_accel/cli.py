@@ -108,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse(words: Sequence[str]) -> tuple[str, Schema]:
     """The verb and its checked config, without running anything; raises ConfigError for whatever does not fit."""
-    verb, *arguments = words or ["help"]
+    verb, *arguments = _joined(words) or ["help"]
     if verb in ("--help", "-h"):
         return "help", HelpConfig()
     if verb not in VERBS:
@@ -121,6 +121,13 @@ def parse(words: Sequence[str]) -> tuple[str, Schema]:
     files = [word for word in arguments if word not in overrides and word.endswith((".yaml", ".yml"))]
     rest = [word for word in arguments if word not in overrides and word not in files]
     return verb, load(config_class(verb), files, overrides, **_positional(verb, rest, given=bool(files or overrides)))
+
+
+def _joined(words: Sequence[str]) -> list[str]:
+    """The words, with the two of a verb like "eval prepare" as one."""
+    at = 1 if words[:1] == ["help"] else 0
+    pair = " ".join(words[at : at + 2])
+    return [*words[:at], pair, *words[at + 2 :]] if pair in VERBS else list(words)
 
 
 def config_class(verb: str) -> type[Schema]:
