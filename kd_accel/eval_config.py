@@ -29,7 +29,15 @@ class EvalConfig(MeasureConfig):
 
     positional: ClassVar[str] = "model"
     model: str
-    """A run (its newest checkpoint), a checkpoint, or a release directory."""
+    """A run (its newest checkpoint), a checkpoint, a release directory, or a folder with meta.json and .onnx files.
+
+    ARCH,PRETRAINED of open_clip; hf/NAME, sentence/NAME, timm/NAME, torchvision/NAME; ssl/LAYOUT,FILE."""
+    image_from: str | None = None
+    """A model whose image tower takes the place of the model's; run: its run's teacher (run:NAME where there are several)."""
+    text_from: str | None = None
+    """Likewise the text tower, or stored texts: an .npy with its texts in a .txt, or what kd-accel embed prompts=... made."""
+    ensemble: list[str] = []
+    """Further models: the mean of all models' cosines counts."""
     precision: Literal["bf16", "fp32"] = "fp32"
     """Of the model."""
     output: str | None = None

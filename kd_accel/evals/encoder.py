@@ -1,122 +1,272 @@
-"""One model as an encoder of images and texts.
+"""What can be evaluated, by the name that it has on the command line, as an image tower and a text tower.
 
-d embedding width.
+    load_encoder("runs/student")                                 a run, a checkpoint, a release
+    load_encoder("ViT-B-32,openai")                              open_clip's ARCH,PRETRAINED
+    load_encoder("hf/openai/clip-vit-base-patch32")              and the other kinds of teachers: models/build.py
+    load_encoder("exported/")                                    ONNX: meta.json with image.onnx, text.onnx
+    load_encoder("runs/image", text_from="runs/text")            towers of two models
+    load_encoder("runs/image", text_from="run")                  the text tower of the run's teacher
+    load_encoder("runs/image", text_from="embeddings.npy")       stored texts
+    load_encoder("runs/a", ensemble=["runs/b"])                  the mean of several models' cosines
+
+b rows of a batch, d embedding width.
 """
 
 from __future__ import annotations
 
-import hashlib
 import re
-from dataclasses import asdict, dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kd_accel.models.release import WEIGHTS, read_release, resolve_release
-from kd_accel.models.text import encode_text
-from kd_accel.models.towers import encode_image
-from kd_accel.trim import trimmed
+from kd_accel.config import TrainConfig, teachers_of
+from kd_accel.evals.ensemble import Ensemble
+from kd_accel.evals.model_towers import ImageTower, ModelImages, ModelTexts, TextTower
+from kd_accel.evals.onnx_encoder import is_onnx, open_onnx
+from kd_accel.evals.stored_texts import SUFFIXES, StoredTexts
+from kd_accel.models.build import build_teacher
+from kd_accel.models.release import read_release, resolve_release
+from kd_accel.schema import ConfigError, load, validate
+from kd_accel.sections import TeacherConfig
 from kd_accel.types import ImageInput, InputContract
 
+FORMS = (
+    "a run, a checkpoint or a release directory; ARCH,PRETRAINED of open_clip; hf/NAME, timm/NAME, torchvision/NAME,"
+    " sentence/NAME or ssl/LAYOUT,FILE; a folder with meta.json and .onnx files"
+)
+TEACHER = "run"  # in the place of a model: the teacher of the run; run:NAME where it has several
+
 _STEP = re.compile(r"step_(\d+)")  # the directory of a checkpoint
+_PACKAGES = ("hf", "timm", "torchvision", "sentence")  # that bring weights with a name
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-class Encoder(Protocol):
-    """One model on this rank's device, in eval mode."""
-
-    name: str  # the run's name, else the release directory's; goes into every row
-    step: int | None  # of the checkpoint that it comes from
-    home: Path  # the run, else the release directory: where its results.jsonl belongs
-    embed_dim: int  # d
-    device: torch.device
-    image_input: ImageInput  # how it wants its pixels
-    image_id: str  # sha256 of what decides its image features: weights, preprocessing, precision
-    text_id: str  # and of its text features: weights, tokenizer, precision
-
-    def encode_images(self, views: Tensor) -> Tensor:
-        """[b, 3, H, W] uint8 views as `image_input` wants them, on any device -> [b, d] raw fp32 on the model's."""
-
-    def encode_texts(self, texts: list[str]) -> Tensor:
-        """b texts -> [b, d] raw fp32 on the model's device."""
-
-
 @dataclass(frozen=True)
-class TowersEncoder:
-    """Both towers of one release."""
+class Encoder:
+    """The towers of one model, or of two, on this rank's device and in eval mode."""
 
-    name: str
-    step: int | None
-    home: Path
-    model: nn.Module
-    contract: InputContract
-    embed_dim: int
-    identity: str  # of weights and precision
+    name: str  # goes into every row
+    step: int | None  # of the checkpoint that it comes from
+    home: Path  # where its results.jsonl belongs: the run, the release, or a folder under evals/
+    image: ImageTower | None
+    text: TextTower | None
+
+    @property
+    def title(self) -> str:
+        return self.name if self.step is None else f"{self.name}, step {self.step:,}"
+
+    @property
+    def members(self) -> tuple[Encoder, ...]:
+        """Itself: see Ensemble."""
+        return (self,)
+
+    @property
+    def embed_dim(self) -> int:
+        return (self.image or self.text).embed_dim
 
     @property
     def device(self) -> torch.device:
-        return next(self.model.parameters()).device
+        return (self.image or self.text).device
 
     @property
     def image_input(self) -> ImageInput:
-        return self.contract.image
+        self.require("image")
+        return self.image.wants
 
-    @cached_property
+    @property
     def image_id(self) -> str:
-        return _sha256(f"{self.identity} {asdict(self.contract.image)}")
+        """SHA-256 of what decides image features: weights, preprocessing, precision; empty without such a tower."""
+        return "" if self.image is None else self.image.id
 
-    @cached_property
+    @property
     def text_id(self) -> str:
-        return _sha256(f"{self.identity} {self.contract.text.tokenizer} {self.contract.text.context_length}")
+        """SHA-256 of what decides text features: weights, tokenizer, precision; empty without such a tower."""
+        return "" if self.text is None else self.text.id
 
-    @torch.no_grad()
+    def require(self, *towers: str) -> None:
+        """Raises ConfigError that says how to come by them where one of `towers` ("image", "text") is missing."""
+        for tower in towers:
+            if getattr(self, tower) is None:
+                raise ConfigError(
+                    f"{self.title} has no {tower} tower: take another model's with {tower}_from=MODEL"
+                    + _hint(self, tower)
+                )
+
+    def check_texts(self, texts: list[str]) -> None:
+        """Raises ConfigError for texts that it cannot encode; ask for all of them, on every rank."""
+        self.require("text")
+        self.text.check(texts)
+
+    def templates(self, class_names: tuple[str, ...], templates: tuple[str, ...]) -> tuple[str, ...]:
+        """Of `templates` those to use: all of them, but for stored embeddings of the class names alone."""
+        self.require("text")
+        return self.text.templates(class_names, templates)
+
     def encode_images(self, views: Tensor) -> Tensor:
-        if not len(views):
-            return torch.empty(0, self.embed_dim, device=self.device)
-        return encode_image(self.model, views.to(self.device, non_blocking=True), self.contract.image).float()
+        """[b, 3, H, W] uint8 views made by eval_view(image, image_input), on any device -> raw [b, d] fp32."""
+        self.require("image")
+        return self.image(views)
 
-    @torch.no_grad()
     def encode_texts(self, texts: list[str]) -> Tensor:
-        if not texts:
-            return torch.empty(0, self.embed_dim, device=self.device)
-        tokens = trimmed(self.contract.text.tokenize(texts), self.contract.text.pad)
-        return encode_text(self.model, tokens.to(self.device)).float()
+        """b texts -> raw [b, d] fp32."""
+        self.require("text")
+        return self.text(texts)
+
+    def unit(self, features: Tensor) -> Tensor:
+        """Raw [..., d] -> unit rows; cosines are their dot products."""
+        return F.normalize(features, dim=-1)
 
 
-def load_encoder(model: str | Path, *, precision: str = "fp32") -> Encoder:
-    """The encoder in a run (its newest checkpoint), a checkpoint or a release directory; on the GPU where there is one.
+def load_encoder(
+    model: str | Path,
+    *,
+    image_from: str | None = None,
+    text_from: str | None = None,
+    ensemble: tuple[str, ...] | list[str] = (),
+    precision: str = "fp32",
+) -> Encoder | Ensemble:
+    """The encoder that the names stand for (see above), on the GPU where there is one. Torch's generator is left alone.
 
-    Raises ConfigError where `model` is none of the three.
+    Raises ConfigError for names that stand for nothing, files that are damaged, and towers that do not fit each other.
     """
-    release = resolve_release(str(model)).resolve()
-    towers, contract, model_cfg, _ = read_release(release)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    encoder = _open(str(model), "model", precision)
+    if image_from is not None and text_from is not None:
+        raise ConfigError("image_from, text_from: they leave nothing of model: name one of the two as model")
+    for tower, source in (("image", image_from), ("text", text_from)):
+        if source is not None:
+            encoder = _with_tower(encoder, tower, source, precision)
+    others = [_open(name, "ensemble", precision) for name in ensemble]
+    return Ensemble((encoder, *others)) if others else encoder
+
+
+def load_teacher(teacher: str, *, student: Encoder | Ensemble, precision: str = "fp32") -> Encoder:
+    """The model of this name; "run" is the teacher in the config.yaml of the student's run. Raises ConfigError."""
+    return _open(teacher, "teacher", precision, run=student.home)
+
+
+def model_encoder(
+    model: nn.Module,
+    wants: InputContract,
+    embed_dim: int,
+    *,
+    name: str,
+    home: Path,
+    step: int | None = None,
+    precision: str = "fp32",
+) -> Encoder:
+    """The towers that `model` has, moved to the GPU where there is one; `precision` is theirs from then on."""
+    model = model.to(_device(), _DTYPES[precision]).eval()
+    image = None if wants.image is None else ModelImages(model, wants.image, embed_dim)
+    text = None if wants.text is None else ModelTexts(model, wants.text, embed_dim)
+    return Encoder(name, step, home, image, text)
+
+
+def _with_tower(encoder: Encoder, tower: str, source: str, precision: str) -> Encoder:
+    """`encoder` with its image or text tower replaced by that of `source`."""
+    key = f"{tower}_from"
+    other = _open(source, key, precision, run=encoder.home)
+    if (found := getattr(other, tower)) is None:
+        raise ConfigError(f"{key}={source}: {other.title} has no {tower} tower")
+    joined = replace(encoder, name=f"{encoder.name}, {tower} of {other.name}", **{tower: found})
+    if joined.image and joined.text and joined.image.embed_dim != joined.text.embed_dim:
+        raise ConfigError(
+            f"{key}={source}: its {tower} embeddings are {found.embed_dim} wide, those of the other tower, of"
+            f" {encoder.title}, {getattr(encoder, 'image' if tower == 'text' else 'text').embed_dim}"
+        )
+    return joined
+
+
+def _hint(encoder: Encoder, tower: str) -> str:
+    """How the run's teacher can help out, if it can."""
+    try:
+        named = _teachers(encoder.home, f"{tower}_from")
+        teachers = {name: _taught(config, f"{tower}_from", "fp32") for name, config in named.items()}
+    except ConfigError:
+        return ""  # no run, or its teacher is not to be had
+    fitting = [name for name, t in teachers.items() if getattr(t, tower) and t.embed_dim == encoder.embed_dim]
+    if not fitting:
+        return ""
+    key = TEACHER if len(teachers) == 1 else f"{TEACHER}:{fitting[0]}"
+    return f"; {tower}_from={key} is that of its teacher, {teachers[fitting[0]].name}, which is as wide"
+
+
+# From a name to towers ------------------------------------------------------------------------------------------------
+
+
+def _open(text: str, key: str, precision: str, run: Path | None = None) -> Encoder:
+    """What `key`=`text` names; `run`: where "run" finds its config.yaml."""
+    path = Path(text)
+    word, _, name = text.partition(":")
+    if run is not None and word == TEACHER:
+        return _taught(_teacher(run, name, f"{key}={text}"), key, precision)
+    if is_onnx(path):
+        meta, image, text_tower = open_onnx(path, _device())
+        return Encoder(meta.name, None, path if path.is_dir() else path.parent, image, text_tower)
+    if path.suffix in SUFFIXES:
+        return Encoder(path.stem, None, path.parent, None, StoredTexts.read(path, _device()))
+    if path.is_dir():
+        return _released(path, precision)
+    arch, comma, pretrained = text.partition(",")
+    if not comma and arch.partition("/")[0] not in _PACKAGES:
+        raise ConfigError(f"{key}={text}: no such directory, nor a model's name; give {FORMS}")
+    values = {"arch": arch} | ({"pretrained": pretrained} if comma else {})
+    return _taught(validate(TeacherConfig, values), key, precision)
+
+
+def _released(path: Path, precision: str) -> Encoder:
+    release = resolve_release(str(path)).resolve()
+    with torch.random.fork_rng(devices=[]):
+        model, contract, model_cfg, _ = read_release(release)
     name, step, home = _origin(release)
-    with (release / WEIGHTS).open("rb") as file:
-        weights = hashlib.file_digest(file, "sha256").hexdigest()
-    return TowersEncoder(
-        name=name,
-        step=step,
-        home=home,
-        model=towers.to(device, _DTYPES[precision]).eval(),
-        contract=contract,
-        embed_dim=model_cfg["embed_dim"],
-        identity=f"{weights} {precision}",
-    )
+    return model_encoder(model, contract, model_cfg["embed_dim"], name=name, step=step, home=home, precision=precision)
+
+
+def _taught(config: TeacherConfig, key: str, precision: str) -> Encoder:
+    """A teacher as training builds it."""
+    if config.path is not None:
+        return _released(Path(config.path), precision)
+    if config.arch is None:
+        raise ConfigError(
+            f"{key}: of its teacher the run has only the features in {config.store}: name the model itself"
+        )
+    with torch.random.fork_rng(devices=[]):
+        model, contract, embed_dim, _ = build_teacher(config, where=key)
+    name = ",".join(filter(None, (config.arch, config.pretrained)))
+    home = Path("evals", re.sub(r"[^\w.\-]+", "_", name))
+    return model_encoder(model, contract, embed_dim, name=name, home=home, precision=precision)
 
 
 def _origin(release: Path) -> tuple[str, int | None, Path]:
     """(name, step, home) of a release: RUN/checkpoints/step_00001000/student belongs to the run."""
     checkpoint = release.parent
     step = _STEP.fullmatch(checkpoint.name)
-    if release.name.startswith("student") and step and checkpoint.parent.name == "checkpoints":
+    if release.name in ("student", "student_ema") and step and checkpoint.parent.name == "checkpoints":
         run = checkpoint.parent.parent
         return run.name, int(step[1]), run
     return release.name, None, release
 
 
-def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
+def _teacher(run: Path, name: str, given: str) -> TeacherConfig:
+    """The teacher called `name`, or the only one where that is empty."""
+    teachers = _teachers(run, given)
+    if name in teachers or (not name and len(teachers) == 1):
+        return teachers[name] if name else next(iter(teachers.values()))
+    choices = " or ".join(f"{TEACHER}:{known}" for known in teachers)
+    raise ConfigError(f"{given}: {run} learned from several teachers, or from others: give {choices}")
+
+
+def _teachers(run: Path, given: str) -> dict[str, TeacherConfig]:
+    file = run / "config.yaml"
+    if not file.is_file():
+        raise ConfigError(f"{given}: {run} is no run, or has lost its config.yaml, which names the teacher")
+    teachers = teachers_of(load(TrainConfig, [file]))
+    if not teachers:
+        raise ConfigError(f"{given}: {run} was trained without a teacher: name a model")
+    return teachers
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -20,6 +20,7 @@ from kd_accel import distributed
 from kd_accel.data.shards import BadSample
 from kd_accel.data.transforms import eval_view
 from kd_accel.evals.encoder import Encoder
+from kd_accel.evals.ensemble import Ensemble
 from kd_accel.evals.sets import EvalSet, Sample
 from kd_accel.schema import ConfigError
 from kd_accel.types import ImageInput
@@ -54,8 +55,9 @@ def in_chunks(num_rows: int, reduce: Callable[[range], Tensor], *, chunk_rows: i
     return everyone[order.argsort()]
 
 
-def text_features(encoder: Encoder, texts: list[str], *, batch_size: int) -> Tensor:  # [m, d] raw fp32
-    """Of all texts on every rank. Raises ConfigError, on every rank, when a feature is not finite."""
+def text_features(encoder: Encoder | Ensemble, texts: list[str], *, batch_size: int) -> Tensor:  # [m, d] raw fp32
+    """Of all texts on every rank. Raises ConfigError, on every rank, for unknown texts and features not finite."""
+    encoder.check_texts(texts)
     encode = lambda rows: encoder.encode_texts([texts[row] for row in rows])  # noqa: E731
     features = in_chunks(len(texts), encode, chunk_rows=batch_size)
     _require_finite(encoder, int((~features.isfinite()).any(1).sum()), f"{len(texts)} text features")
@@ -63,12 +65,24 @@ def text_features(encoder: Encoder, texts: list[str], *, batch_size: int) -> Ten
 
 
 def image_features(
-    encoder: Encoder, eval_set: EvalSet, samples: list[Sample], *, batch_size: int, num_workers: int
+    encoder: Encoder | Ensemble, eval_set: EvalSet, samples: list[Sample], *, batch_size: int, num_workers: int
 ) -> SetFeatures:
     """Of every readable image, on every rank; a warning names the others.
 
     Raises ConfigError, on every rank, when no image is readable or a feature is not finite.
     """
+    load = {"batch_size": batch_size, "num_workers": num_workers}
+    parts = [_image_features(member, eval_set, samples, **load) for member in encoder.members]
+    if any(not part.rows.equal(parts[0].rows) for part in parts):
+        raise ConfigError(
+            f"{eval_set.path}: some images could be read for one model and not for another: is it changing?"
+        )
+    return SetFeatures(parts[0].rows, torch.cat([part.images for part in parts], dim=1))
+
+
+def _image_features(
+    encoder: Encoder, eval_set: EvalSet, samples: list[Sample], *, batch_size: int, num_workers: int
+) -> SetFeatures:
     rows, bad = [], []
     parts = [encoder.encode_images(torch.empty(0, 3, *encoder.image_input.size, dtype=torch.uint8))]
     for batch_rows, views, batch_bad in _load(encoder, eval_set, samples, batch_size, num_workers):
@@ -128,10 +142,9 @@ def _report_bad(eval_set: EvalSet, bad: list[str], num_samples: int) -> None:
         log.warning("%s: left out %d unreadable of %d images:\n%s", eval_set.path, len(bad), num_samples, shown)
 
 
-def _require_finite(encoder: Encoder, count: int, what: str) -> None:
+def _require_finite(encoder: Encoder | Ensemble, count: int, what: str) -> None:
     if count:
-        title = encoder.name if encoder.step is None else f"{encoder.name}, step {encoder.step:,}"
         raise ConfigError(
-            f"{title}: {count} of {what} are not finite: the weights of this checkpoint are broken "
+            f"{encoder.title}: {count} of {what} are not finite: the weights of this checkpoint are broken "
             "(a run that diverged?); evaluate an earlier checkpoint, or try precision=fp32"
         )

@@ -6,10 +6,10 @@ import time
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from kd_accel.eval_config import MeasureConfig
 from kd_accel.evals.encoder import Encoder
+from kd_accel.evals.ensemble import Ensemble
 from kd_accel.evals.features import SetFeatures, image_features, text_features
 from kd_accel.evals.retrieval import recall
 from kd_accel.evals.sets import EvalSet, Sample
@@ -18,9 +18,10 @@ from kd_accel.evals.zero_shot import accuracy, classifier, classify
 Metrics = dict[str, float | None]
 
 
-def measure(encoder: Encoder, eval_set: EvalSet, config: MeasureConfig) -> dict[str, Any]:
+def measure(encoder: Encoder | Ensemble, eval_set: EvalSet, config: MeasureConfig) -> dict[str, Any]:
     """One row of results.jsonl, alike on every rank (but for its seconds)."""
     start = time.monotonic()
+    encoder.require("image", "text")
     samples = eval_set.samples()
     load = {"batch_size": config.batch_size, "num_workers": config.num_workers}
     features = image_features(encoder, eval_set, samples, **load)
@@ -41,22 +42,22 @@ def measure(encoder: Encoder, eval_set: EvalSet, config: MeasureConfig) -> dict[
 
 
 def _zero_shot(
-    encoder: Encoder, eval_set: EvalSet, readable: list[Sample], features: SetFeatures, config: MeasureConfig
+    encoder: Encoder | Ensemble, eval_set: EvalSet, readable: list[Sample], features: SetFeatures, config: MeasureConfig
 ) -> Metrics:
     weights = classifier(encoder, eval_set.class_names, eval_set.templates, batch_size=config.batch_size)
     labels = torch.tensor([sample.label for sample in readable])
-    return accuracy(classify(features.images, weights), labels, num_classes=len(weights))
+    return accuracy(classify(encoder.unit(features.images), weights), labels, num_classes=len(weights))
 
 
 def _retrieval(
-    encoder: Encoder, eval_set: EvalSet, readable: list[Sample], features: SetFeatures, config: MeasureConfig
+    encoder: Encoder | Ensemble, eval_set: EvalSet, readable: list[Sample], features: SetFeatures, config: MeasureConfig
 ) -> Metrics:
     """An unreadable image takes its captions with it."""
     captions = [caption for sample in readable for caption in sample.captions]
     owner = torch.tensor([image for image, sample in enumerate(readable) for _ in sample.captions])
     texts = text_features(encoder, captions, batch_size=config.batch_size)
-    images = F.normalize(features.images, dim=-1)
-    return recall(images, F.normalize(texts, dim=-1), owner.to(images.device))
+    images = encoder.unit(features.images)
+    return recall(images, encoder.unit(texts), owner.to(images.device))
 
 
 MEASURES = {"zero_shot": _zero_shot, "retrieval": _retrieval}  # by EvalSet.kind

@@ -16,6 +16,7 @@ from typing import Any
 from kd_accel import distributed
 from kd_accel.eval_config import EvalConfig, MeasureConfig
 from kd_accel.evals.encoder import Encoder, load_encoder
+from kd_accel.evals.ensemble import Ensemble
 from kd_accel.evals.find import find_sets
 from kd_accel.evals.measure import measure
 from kd_accel.evals.sets import EvalSet
@@ -28,7 +29,13 @@ def run(config: EvalConfig) -> None:
     """Evaluate `config.model` on every set in `config.data`; raises ConfigError for what cannot be evaluated."""
     distributed.start_process_group(TIMEOUT_S)
     eval_sets = find_sets(config.data)
-    encoder = load_encoder(config.model, precision=config.precision)
+    encoder = load_encoder(
+        config.model,
+        image_from=config.image_from,
+        text_from=config.text_from,
+        ensemble=config.ensemble,
+        precision=config.precision,
+    )
     output = Path(config.output) if config.output else encoder.home / "results.jsonl"
     if problem := distributed.from_main(_why_not_writable(output) if distributed.is_main() else None):
         raise ConfigError(problem)
@@ -39,17 +46,13 @@ def run(config: EvalConfig) -> None:
             _append(output, row)
             print(_in_words(row), flush=True)
     if distributed.is_main():
-        print(f"\n{_title(encoder)}\n{table(rows)}\nwritten to {output}")
+        print(f"\n{encoder.title}\n{table(rows)}\nwritten to {output}")
 
 
-def evaluate(encoder: Encoder, eval_sets: list[EvalSet], config: MeasureConfig) -> Iterator[dict[str, Any]]:
+def evaluate(encoder: Encoder | Ensemble, eval_sets: list[EvalSet], config: MeasureConfig) -> Iterator[dict[str, Any]]:
     """One row of results.jsonl per set, as soon as it is done; the same rows on every rank."""
     for eval_set in eval_sets:
         yield measure(encoder, eval_set, config)
-
-
-def _title(encoder: Encoder) -> str:
-    return encoder.name if encoder.step is None else f"{encoder.name}, step {encoder.step:,}"
 
 
 def _why_not_writable(output: Path) -> str | None:

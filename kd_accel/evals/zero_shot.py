@@ -5,29 +5,30 @@ n images, C classes, P prompt templates, d embedding width.
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from kd_accel.evals.encoder import Encoder
+from kd_accel.evals.ensemble import Ensemble
 from kd_accel.evals.features import in_chunks, text_features
 
 CHUNK_ROWS = 1024  # images whose logits exist at a time
 
 
 def classifier(
-    encoder: Encoder, class_names: tuple[str, ...], templates: tuple[str, ...], *, batch_size: int
+    encoder: Encoder | Ensemble, class_names: tuple[str, ...], templates: tuple[str, ...], *, batch_size: int
 ) -> Tensor:  # [C, d]
     """One unit row per class: the mean of its normalised prompts, normalised again."""
+    templates = encoder.templates(class_names, templates)
     prompts = [template.replace("{c}", name) for name in class_names for template in templates]
-    features = F.normalize(text_features(encoder, prompts, batch_size=batch_size), dim=-1)  # [C * P, d]
-    return F.normalize(features.unflatten(0, (len(class_names), len(templates))).mean(1), dim=-1)
+    features = encoder.unit(text_features(encoder, prompts, batch_size=batch_size))  # [C * P, d]
+    return encoder.unit(features.unflatten(0, (len(class_names), len(templates))).mean(1))
 
 
 def classify(images: Tensor, weights: Tensor) -> Tensor:
-    """[n, d] raw features, [C, d] classifier -> [n, min(5, C)] int64 on the CPU, on every rank: the best classes."""
+    """[n, d] unit rows, [C, d] classifier -> [n, min(5, C)] int64 on the CPU, on every rank: the best classes."""
 
     def best(rows: range) -> Tensor:
-        return best_classes(100 * F.normalize(images[rows.start : rows.stop], dim=-1) @ weights.T)
+        return best_classes(100 * images[rows.start : rows.stop] @ weights.T)
 
     return in_chunks(len(images), best, chunk_rows=CHUNK_ROWS).cpu()
 

@@ -96,7 +96,7 @@ def test_a_set_of_corrupt_images_is_an_error(encoder, tmp_path, write_benchmark,
 def test_features_that_are_not_finite_name_the_model(release, sets, tower, said):
     """A diverged checkpoint must not be scored: every comparison with NaN is false, and class 0 would win."""
     encoder = load_encoder(release)
-    parts = [p for name, p in encoder.model.named_parameters() if ("visual" in name) == (tower == "visual")]
+    parts = [p for name, p in encoder.image.model.named_parameters() if ("visual" in name) == (tower == "visual")]
     for parameter in parts:
         parameter.data.fill_(float("nan"))
     with pytest.raises(ConfigError, match=rf"untrained: .* {said}.* not finite"):
@@ -111,7 +111,7 @@ def test_features_are_raw_and_fp32(release, precision):
     features = encoder.encode_images(views)
     with torch.no_grad():
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
-        raw = encoder.model.encode_image(to_model_input(views, encoder.image_input, dtype))
+        raw = encoder.image.model.encode_image(to_model_input(views, encoder.image_input, dtype))
     torch.testing.assert_close(features, raw.float())
     assert encoder.encode_texts(["a cat", ""]).dtype == torch.float32
 

@@ -43,7 +43,7 @@ def test_classifier_is_the_renormalised_mean_of_normalised_prompts(encoder):
     for row, name in zip(ours, names, strict=True):
         prompts = [f"a photo of a {name}.", name]
         with torch.no_grad():
-            raw = encoder.model.encode_text(encoder.contract.text.tokenize(prompts))
+            raw = encoder.text.model.encode_text(encoder.text.wants.tokenize(prompts))
         mean = sum(vector / vector.norm() for vector in raw)
         torch.testing.assert_close(row, F.normalize(mean, dim=0))
 
