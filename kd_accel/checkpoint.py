@@ -51,6 +51,7 @@ class TrainState:
     """Where the run stands; with the weights and the loss memory it decides everything that follows."""
 
     step: int = 0  # steps of the loop, applied or skipped
+    total_steps: int = 0  # where the run ends, as its config says; 0: nobody said
     samples: int = 0  # samples seen by all ranks
     skipped: int = 0  # steps whose loss or gradient was not finite
     skipped_in_a_row: int = 0  # the last ones
@@ -248,6 +249,20 @@ def newest(run: Path) -> Path | None:
     return max(_steps(folder), default=None)
 
 
+def published(run: Path) -> dict[Path, str]:
+    """The whole checkpoints of a run, oldest first, each with what tells it from another one of the same step."""
+    found = {}
+    for path in _steps(run / "checkpoints"):
+        with suppress(OSError):  # dropped at this moment, or from before there was such a file
+            found[path] = (path / FILES).read_text()
+    return found
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step that a checkpoint's directory is named after."""
+    return int(checkpoint.name.removeprefix("step_"))
+
+
 def check_config(checkpoint: Path, config: TrainConfig, *, global_batch: int) -> list[str]:
     """Compare the checkpoint's config with `config`; returns what changed and may, as "key: old -> new".
 
@@ -288,7 +303,7 @@ def _fingerprint(path: Path) -> list:
 def _prune(newest: Path, config: SaveConfig) -> None:
     """Drop checkpoints that neither keep_last nor keep_every holds; later ones are of an attempt that was given up."""
     for path in [path for path in _steps(newest.parent) if path <= newest][: -config.keep_last]:
-        if config.keep_every is None or int(path.name.removeprefix("step_")) % config.keep_every:
+        if config.keep_every is None or step_of(path) % config.keep_every:
             _remove(path)
 
 

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 STOPPING = (signal.SIGTERM, signal.SIGUSR1)
+INTERRUPTING = (*STOPPING, signal.SIGINT)  # Ctrl-C with them
 
 
 class StopSignals:
@@ -18,10 +19,10 @@ class StopSignals:
     received    None, or the name of the first signal that came
     """
 
-    def __init__(self, *, active: bool = True):
+    def __init__(self, numbers: tuple[signal.Signals, ...] = STOPPING, *, active: bool = True):
         """Without `active` signals do what they did before."""
         self.received: str | None = None
-        self._numbers = STOPPING if active else ()
+        self._numbers = numbers if active else ()
 
     def __enter__(self) -> StopSignals:
         self._before = {number: signal.signal(number, self._note) for number in self._numbers}
