@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -158,6 +158,13 @@ def failing_together() -> Iterator[None]:
     failures = [said for said in gather_objects(failed) if said is not None]
     if failures:
         raise ConfigError(failures[0])
+
+
+def on_main(act: Callable[[], None]) -> None:
+    """Rank 0 acts, the others wait. Raises ConfigError, on every rank, where that fails; collective."""
+    with failing_together():
+        if is_main():
+            act()
 
 
 LOST = ("closed by peer", "Connection reset", "Timed out waiting", "timed out after", "Broken pipe", "NCCL", "gloo")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from kd_accel.probe_config import ProbeConfig
 from kd_accel.schema import Schema
 
 
@@ -13,11 +14,23 @@ class MeasureConfig(Schema):
     """What is measured of a model, whoever asks for it."""
 
     tasks: list[str] = []
-    """Names of tasks and suites (imagenet, imagenet_variants, retrieval, vtab, datacomp38, protoclip, coco).
+    """Names of tasks and suites: imagenet, imagenet_variants, retrieval, vtab, datacomp38, protoclip, coco.
 
     []: every set that lies in data."""
     data: str | list[str]
     """Folders with evaluation sets: CLIP_benchmark's and DataComp's webdatasets, class folders, COCO, torchvision's."""
+    probe: ProbeConfig | None = None
+    """A linear probe of every set with labels and a training split."""
+    seen_classes: str | None = None
+    """File with a class name per line: accuracy of these, of the others, and their harmonic mean."""
+    statistics: bool = False
+    """Of retrieval sets also the modality gap and similarities within images and texts."""
+    clusters: bool = False
+    """Of sets with labels also how k-means of the image features agrees with the classes."""
+    examples: int = Field(4, ge=0)
+    """Queries of each retrieval set, each way, that are kept as pictures for the report."""
+    cache: str | None = None
+    """Folder of features and classifiers that need not be computed again; null: none."""
     batch_size: int = Field(256, gt=0)
     """Images per process and forward pass."""
     num_workers: int = Field(2, ge=0)
@@ -38,7 +51,23 @@ class EvalConfig(MeasureConfig):
     """Likewise the text tower, or stored texts: an .npy with its texts in a .txt, or what kd-accel embed prompts=... made."""
     ensemble: list[str] = []
     """Further models: the mean of all models' cosines counts."""
+    teacher: str | None = None
+    """A model to compare with, set by set: top-1 predictions, features, CKA. run: the teacher of the run."""
     precision: Literal["bf16", "fp32"] = "fp32"
     """Of the model."""
     output: str | None = None
     """Where the rows go; null: results.jsonl of the run, or beside the release."""
+    again: bool = False
+    """Evaluate what has a row already, of the same weights, once more."""
+    watch: bool = False
+    """Evaluate all checkpoints of the run, also those to come, until it is done."""
+    interval_s: float = Field(30, gt=0)
+    """Seconds between two looks for a new checkpoint."""
+    until_step: int | None = Field(None, gt=0)
+    """The last step that is waited for; null: the run's last."""
+
+    @model_validator(mode="after")
+    def _only_watching(self):
+        if self.watch and (self.image_from or self.text_from or self.ensemble) and self.output is None:
+            raise ValueError("watch=true with image_from, text_from or ensemble: name a file with output")
+        return self

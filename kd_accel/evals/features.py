@@ -21,7 +21,7 @@ from kd_accel.data.shards import BadSample
 from kd_accel.data.transforms import eval_view
 from kd_accel.evals.encoder import Encoder
 from kd_accel.evals.ensemble import Ensemble
-from kd_accel.evals.sets import EvalSet, Sample
+from kd_accel.evals.sets import EvalSet, Sample, SetError
 from kd_accel.schema import ConfigError
 from kd_accel.types import ImageInput
 
@@ -69,7 +69,7 @@ def image_features(
 ) -> SetFeatures:
     """Of every readable image, on every rank; a warning names the others.
 
-    Raises ConfigError, on every rank, when no image is readable or a feature is not finite.
+    Raises SetError when no image is readable, and ConfigError when a feature is not finite, on every rank.
     """
     load = {"batch_size": batch_size, "num_workers": num_workers}
     parts = [_image_features(member, eval_set, samples, **load) for member in encoder.members]
@@ -136,7 +136,7 @@ def _load(encoder: Encoder, eval_set: EvalSet, samples: list[Sample], batch_size
 
 def _report_bad(eval_set: EvalSet, bad: list[str], num_samples: int) -> None:
     if len(bad) == num_samples:
-        raise ConfigError(f"{eval_set.path}: none of its {num_samples} images is readable; the first: {bad[0]}")
+        raise SetError(f"{eval_set.path}: none of its {num_samples} images is readable; the first: {bad[0]}")
     if bad and distributed.is_main():
         shown = "\n".join(f"  {line}" for line in bad[:10]) + ("\n  ..." if len(bad) > 10 else "")
         log.warning("%s: left out %d unreadable of %d images:\n%s", eval_set.path, len(bad), num_samples, shown)

@@ -1,63 +1,215 @@
-"""What is measured of an encoder on one evaluation set: features once, then every number that is asked for."""
+"""One model on one evaluation set: its features once, and every number that is asked for.
+
+n readable images, m captions, C classes, d embedding width.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from kd_accel import distributed
 from kd_accel.eval_config import MeasureConfig
+from kd_accel.evals.agreement import agreement
+from kd_accel.evals.classification import accuracy, seen_mask, seen_unseen
+from kd_accel.evals.coco_keys import coco_keys
+from kd_accel.evals.clusters import cluster_agreement
 from kd_accel.evals.encoder import Encoder
 from kd_accel.evals.ensemble import Ensemble
-from kd_accel.evals.features import SetFeatures, image_features, text_features
+from kd_accel.evals.examples import write_examples
+from kd_accel.evals.feature_cache import FeatureCache
+from kd_accel.evals.features import SetFeatures
+from kd_accel.evals.groups import FACES, face_metrics, group_metrics
+from kd_accel.evals.linear_probe import choose_shots, linear_probe
+from kd_accel.evals.plan import PROBE, Job
+from kd_accel.evals.results import Row, weights_of
 from kd_accel.evals.retrieval import recall
-from kd_accel.evals.sets import EvalSet, Sample
-from kd_accel.evals.zero_shot import accuracy, classifier, classify
+from kd_accel.evals.sets import EvalSet, Sample, SetError
+from kd_accel.evals.statistics import feature_statistics
+from kd_accel.evals.winogavil import evaluate_winogavil, prompt
+from kd_accel.evals.zero_shot import classify
+from kd_accel.models.class_embeddings import read_names
+from kd_accel.schema import ConfigError
 
 Metrics = dict[str, float | None]
+MAIN = {"zero_shot": "acc1", "retrieval": "mean_recall@1", "winogavil": "jaccard_score_10-12", PROBE: "acc1"}
 
 
-def measure(encoder: Encoder | Ensemble, eval_set: EvalSet, config: MeasureConfig) -> dict[str, Any]:
-    """One row of results.jsonl, alike on every rank (but for its seconds)."""
+class OnSet:
+    """A model on a set. All ranks ask for the same, in the same order; each thing is computed when it is first asked."""
+
+    def __init__(
+        self, encoder: Encoder | Ensemble, job: Job, config: MeasureConfig, *, teacher: Encoder | None = None
+    ):
+        self.encoder, self.job, self.config = encoder, job, config
+        self.teacher = None if teacher is None else OnSet(teacher, job, config)
+        self._cache = FeatureCache(config.cache)
+
+    def options(self, what: str) -> str:
+        """A fingerprint of all that decides a row beside the model: another one asks for a new row."""
+        test, config = self.job.test, self.config
+        if what == PROBE:
+            asked = [config.probe.model_dump()]
+        else:
+            seen = config.seen_classes and read_names(Path(config.seen_classes), "seen_classes")
+            asked = [test.class_names, test.templates, seen, config.statistics, config.clusters]
+            asked.append(self.teacher and weights_of(self.teacher.encoder))
+        return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
+
+    @cached_property
+    def samples(self) -> list[Sample]:
+        return _read(self.job.test)
+
+    @cached_property
+    def features(self) -> SetFeatures:
+        return self._features(self.job.test, self.samples)
+
+    @cached_property
+    def readable(self) -> list[Sample]:  # [n]
+        return [self.samples[row] for row in self.features.rows.tolist()]
+
+    @cached_property
+    def labels(self) -> Tensor:  # [n] int64
+        return torch.tensor([sample.label for sample in self.readable])
+
+    @cached_property
+    def predictions(self) -> Tensor:  # [n, <= 5]
+        return self.classify(self.job.test.class_names, self.job.test.templates)
+
+    @cached_property
+    def owner(self) -> Tensor:  # [m] int64: the image that a caption describes
+        owner = [image for image, sample in enumerate(self.readable) for _ in sample.captions]
+        return torch.tensor(owner, device=self.features.images.device)
+
+    @cached_property
+    def captions(self) -> list[str]:
+        """An unreadable image takes its captions with it."""
+        return [caption for sample in self.readable for caption in sample.captions]
+
+    @cached_property
+    def texts(self) -> Tensor:  # [m, d] raw
+        return self.encode_texts(self.captions)
+
+    def classify(self, class_names: Sequence[str], templates: Sequence[str]) -> Tensor:  # [n, <= 5]
+        """The best classes of every image."""
+        weights = self._cache.classifier(
+            self.encoder, tuple(class_names), tuple(templates), batch_size=self.config.batch_size
+        )
+        return classify(self.encoder.unit(self.features.images), weights)
+
+    def encode_texts(self, texts: list[str]) -> Tensor:
+        return self._cache.text_features(self.encoder, texts, batch_size=self.config.batch_size)
+
+    def training_set(self) -> tuple[Tensor, Tensor]:
+        """(raw features, labels) of the linear probe's training images."""
+        train, probe = self.job.train, self.config.probe
+        samples = _read(train)
+        if probe.shots is not None:
+            samples = choose_shots(samples, shots=probe.shots, seed=probe.seed)
+        found = self._features(train, samples)
+        return found.images, torch.tensor([samples[row].label for row in found.rows.tolist()])
+
+    def _features(self, eval_set: EvalSet, samples: list[Sample]) -> SetFeatures:
+        load = {"batch_size": self.config.batch_size, "num_workers": self.config.num_workers}
+        return self._cache.image_features(self.encoder, eval_set, samples, **load)
+
+
+def _read(eval_set: EvalSet) -> list[Sample]:
+    """Its samples; what one rank finds wrong, every rank raises as SetError."""
+    try:
+        with distributed.failing_together():
+            return eval_set.samples()
+    except ConfigError as error:
+        raise SetError(str(error)) from None
+
+
+def measures_of(encoder: Encoder | Ensemble, job: Job) -> tuple[str, ...]:
+    """The rows that a job comes to; a linear probe is all that an image tower alone can be asked for."""
+    alone = job.train is not None and not encoder.has("text")
+    return (PROBE,) if alone else job.measures
+
+
+def measure(on_set: OnSet, what: str) -> Row:
+    """One row of results.jsonl, alike on every rank (but for its seconds): `what` is one of the job's measures.
+
+    Raises ConfigError, on every rank, for a set or a model that cannot be evaluated.
+    """
     start = time.monotonic()
-    encoder.require("image", "text")
-    samples = eval_set.samples()
-    load = {"batch_size": config.batch_size, "num_workers": config.num_workers}
-    features = image_features(encoder, eval_set, samples, **load)
-    readable = [samples[row] for row in features.rows.tolist()]
-    metrics = MEASURES[eval_set.kind](encoder, eval_set, readable, features, config)
+    encoder, job = on_set.encoder, on_set.job
+    encoder.require(*(("image",) if what == PROBE else ("image", "text")))
+    metrics = MEASURES[what](on_set)
+    if on_set.teacher is not None and what in ("zero_shot", "retrieval"):
+        metrics |= _agreement(on_set, on_set.teacher, what)
+    main = MAIN[what] if job.task is None or what == PROBE else job.task.main_metric
     return {
         "model": encoder.name,
         "step": encoder.step,
-        "key": eval_set.name,
-        "dataset": eval_set.name,
-        "task": eval_set.kind,
-        "n": len(readable),
-        "bad": len(samples) - len(readable),
-        "metrics": metrics,
-        "weights": f"{encoder.image_id[:16]}-{encoder.text_id[:16]}",
+        "key": job.key,
+        "dataset": job.task.title if job.task else job.key,
+        "task": what,
+        "n": len(on_set.readable),
+        "bad": len(on_set.samples) - len(on_set.readable),
+        "metrics": metrics | {"main_metric": None if main is None else metrics[main]},
+        "weights": weights_of(encoder),
+        "options": on_set.options(what),
         "seconds": round(time.monotonic() - start, 3),
     }
 
 
-def _zero_shot(
-    encoder: Encoder | Ensemble, eval_set: EvalSet, readable: list[Sample], features: SetFeatures, config: MeasureConfig
-) -> Metrics:
-    weights = classifier(encoder, eval_set.class_names, eval_set.templates, batch_size=config.batch_size)
-    labels = torch.tensor([sample.label for sample in readable])
-    return accuracy(classify(encoder.unit(features.images), weights), labels, num_classes=len(weights))
+def _zero_shot(on_set: OnSet) -> Metrics:
+    test, key = on_set.job.test, on_set.job.key
+    meta = _metadata(on_set)
+    if key in FACES:
+        return face_metrics(key, meta, test.class_names, test.templates, on_set.classify)
+    predictions, labels, num_classes = on_set.predictions, on_set.labels, len(test.class_names)
+    metrics = accuracy(predictions, labels, num_classes=num_classes)
+    metrics |= group_metrics(key, predictions, labels, meta, num_classes=num_classes)
+    if on_set.config.seen_classes is not None:
+        seen = seen_mask(test.class_names, read_names(Path(on_set.config.seen_classes), "seen_classes"), name=key)
+        metrics |= seen_unseen(predictions, labels, seen)
+    if on_set.config.clusters:
+        metrics |= cluster_metrics(on_set.encoder.unit(on_set.features.images), labels)
+    return metrics
 
 
-def _retrieval(
-    encoder: Encoder | Ensemble, eval_set: EvalSet, readable: list[Sample], features: SetFeatures, config: MeasureConfig
-) -> Metrics:
-    """An unreadable image takes its captions with it."""
-    captions = [caption for sample in readable for caption in sample.captions]
-    owner = torch.tensor([image for image, sample in enumerate(readable) for _ in sample.captions])
-    texts = text_features(encoder, captions, batch_size=config.batch_size)
-    images = encoder.unit(features.images)
-    return recall(images, encoder.unit(texts), owner.to(images.device))
+def _metadata(on_set: OnSet) -> Tensor:  # [n, k] int64
+    """The columns by which the task groups its images; none for most. Raises ConfigError where the set has fewer."""
+    task = on_set.job.task
+    columns = task.metadata if task else ()
+    if lacking := [sample.key for sample in on_set.samples if len(sample.meta) < len(columns)]:
+        raise ConfigError(f"{on_set.job.test.path}: {lacking[0]}.npy: {task.key} needs the columns {', '.join(columns)}")
+    return torch.tensor([sample.meta[: len(columns)] for sample in on_set.readable], dtype=torch.int64)
 
 
-MEASURES = {"zero_shot": _zero_shot, "retrieval": _retrieval}  # by EvalSet.kind
+def _retrieval(on_set: OnSet) -> Metrics:
+    encoder, config = on_set.encoder, on_set.config
+    images, texts = encoder.unit(on_set.features.images), encoder.unit(on_set.texts)
+    metrics = recall(images, texts, on_set.owner)
+    if on_set.job.key == "coco":
+        metrics |= coco_keys(metrics, images, texts, on_set.owner)
+    if config.statistics:
+        metrics |= feature_statistics(images, texts, on_set.owner)
+    return metrics
+
+
+def _winogavil(on_set: OnSet) -> Metrics:
+    questions = on_set.job.test.questions()
+    cues = on_set.encoder.unit(on_set.encode_texts([prompt(question.cue) for question in questions]))
+    return evaluate_winogavil(on_set.encoder.unit(on_set.features.images), on_set.features.rows, cues, questions)
+
+
+def _probe(on_set: OnSet) -> Metrics:
+    test = on_set.features.images, on_set.labels
+    num_classes = len(on_set.job.test.class_names)
+    return linear_probe(on_set.training_set(), test, on_set.config.probe, num_classes=num_classes)
+
+
+MEASURES = {"zero_shot": _zero_shot, "retrieval": _retrieval, "winogavil": _winogavil, PROBE: _probe}

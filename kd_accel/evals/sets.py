@@ -10,8 +10,13 @@ from PIL import Image
 
 from kd_accel.data.shards import BadSample
 from kd_accel.data.transforms import decode
+from kd_accel.schema import ConfigError
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+
+
+class SetError(ConfigError):
+    """A set that cannot be evaluated, whatever the model: the other sets can."""
 
 
 @dataclass(frozen=True)

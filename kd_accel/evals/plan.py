@@ -1,0 +1,77 @@
+"""What there is to do: the sets that are asked for and lie on this machine, and those that do not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from kd_accel.eval_config import MeasureConfig
+from kd_accel.evals.find import find_sets, find_task
+from kd_accel.evals.sets import EvalSet
+from kd_accel.evals.tasks import TASKS, Task, expand
+from kd_accel.schema import ConfigError
+
+PROBE = "linear_probe"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One evaluation set, and what is asked of it."""
+
+    test: EvalSet
+    task: Task | None = None  # None: a set without a published name
+    train: EvalSet | None = None  # of a linear probe
+
+    @property
+    def key(self) -> str:
+        """Its name in results.jsonl."""
+        return self.test.name
+
+    @property
+    def measures(self) -> tuple[str, ...]:
+        """The rows that it comes to, as "task" in results.jsonl."""
+        return (self.test.kind,) if self.train is None else (self.test.kind, PROBE)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Jobs, and by the key of each task that cannot be done the places where it was looked for."""
+
+    jobs: list[Job]
+    skipped: dict[str, list[str]]
+
+
+def make_plan(config: MeasureConfig) -> Plan:
+    """Raises ConfigError for unknown tasks, damaged sets, and when there is nothing to do at all."""
+    folders = [config.data] if isinstance(config.data, str) else config.data
+    if not config.tasks:
+        tests = [_as_task(test) for test in find_sets(folders)]
+        return Plan([Job(test, TASKS.get(test.name), _train(test.name, test, config)) for test in tests], {})
+    roots = [Path(folder) for folder in folders]
+    if absent := [root for root in roots if not root.is_dir()]:
+        raise ConfigError(f"data: {absent[0]}: no such folder")
+    jobs, skipped = [], {}
+    for task in expand(config.tasks):
+        found = find_task(task.key, roots)
+        if isinstance(found, list):
+            skipped[task.key] = found
+        else:
+            jobs.append(Job(found, task, _train(task.key, found, config)))
+    if not jobs:
+        key, places = next(iter(skipped.items()))
+        raise ConfigError(f"data: none of the {len(skipped)} tasks has its set; of {key}, looked for {', '.join(places)}")
+    return Plan(jobs, skipped)
+
+
+def _as_task(test: EvalSet) -> EvalSet:
+    """DataComp's folders, by their full names alone, become tasks; any other set keeps the folder's name."""
+    keys = {f"wds_{key.removeprefix('fairness/').replace('/', '-')}_test": key for key in TASKS}
+    return replace(test, name=keys.get(test.name, test.name))
+
+
+def _train(key: str, test: EvalSet, config: MeasureConfig) -> EvalSet | None:
+    """The training split of a set with labels, where a linear probe is asked for and there is one."""
+    if config.probe is None or test.kind != "zero_shot":
+        return None
+    found = find_task(key, [test.path.parent], split="train")
+    return None if isinstance(found, list) else found

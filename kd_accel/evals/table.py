@@ -1,0 +1,53 @@
+"""Rows of results.jsonl as people read them on a terminal."""
+
+from __future__ import annotations
+
+from kd_accel.evals.aggregate import aggregates
+from kd_accel.evals.results import Row
+
+SHOWN = {  # of each kind of row: the metrics that the table has room for
+    "zero_shot": ("acc1", "acc5", "mean_per_class_recall"),
+    "retrieval": tuple(f"{what}_retrieval_recall@{k}" for what in ("image", "text") for k in (1, 5, 10)),
+    "winogavil": ("avg_jaccard_score", "jaccard_score_10-12"),
+    "linear_probe": ("acc1", "acc5", "mean_per_class_recall"),
+}
+
+
+def in_words(row: Row) -> str:
+    """One line about a row."""
+    shown = {name: row["metrics"].get(name) for name in SHOWN[row["task"]]}
+    metrics = ", ".join(f"{name} {_percent(value)} %" for name, value in shown.items() if value is not None)
+    probe = "linear probe " if row["task"] == "linear_probe" else ""
+    return f"{row['dataset']}: {probe}{metrics}; {row['n']} images" + (f", {row['bad']} unreadable" if row["bad"] else "")
+
+
+def table(rows: list[Row]) -> str:
+    """The rows in aligned columns, metrics in percent; the sets of each kind under one head."""
+    kinds = dict.fromkeys(row["task"] for row in rows)
+    return "\n\n".join(_table_of(kind, [row for row in rows if row["task"] == kind]) for kind in kinds)
+
+
+def averages(rows: list[Row]) -> str:
+    """A line for every average whose tasks are all there, each with its end of line."""
+    return "".join(f"{name}: {_percent(value)} %\n" for name, value in aggregates(rows).items() if value is not None)
+
+
+def _table_of(kind: str, rows: list[Row]) -> str:
+    metrics = SHOWN[kind]
+    heads = [f"{metric} %".replace("_retrieval_recall@", " R@") for metric in metrics]  # six long names fill no screen
+    lines = [[kind, "images", "unreadable", *heads]]
+    for row in rows:
+        values = [_percent(row["metrics"].get(metric)) for metric in metrics]
+        lines.append([row["dataset"], str(row["n"]), str(row["bad"]), *values])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(_aligned(line, widths) for line in lines)
+
+
+def _aligned(cells: list[str], widths: list[int]) -> str:
+    """The first cell to the left, the numbers to the right."""
+    first, *numbers = (cell.rjust(width) for cell, width in zip(cells, widths, strict=True))
+    return "  ".join([first.strip().ljust(widths[0]), *numbers])
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.2f}"
