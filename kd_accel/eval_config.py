@@ -46,9 +46,13 @@ class EvalConfig(MeasureConfig):
 
     ARCH,PRETRAINED of open_clip; hf/NAME, sentence/NAME, timm/NAME, torchvision/NAME; ssl/LAYOUT,FILE."""
     image_from: str | None = None
-    """A model whose image tower takes the place of the model's; run: its run's teacher (run:NAME where there are several)."""
+    """A model whose image tower takes the place of the model's; run: the teacher of its run.
+
+    run:NAME: one of several teachers."""
     text_from: str | None = None
-    """Likewise the text tower, or stored texts: an .npy with its texts in a .txt, or what kd-accel embed prompts=... made."""
+    """Likewise the text tower, or stored texts: an .npy with its texts in a .txt, or a file of kd-accel embed prompts=.
+
+    Texts are looked up as they stand; where only class names are stored, the templates are left out."""
     ensemble: list[str] = []
     """Further models: the mean of all models' cosines counts."""
     teacher: str | None = None

@@ -64,6 +64,11 @@ class Encoder:
         return (self,)
 
     @property
+    def towers(self) -> set[str]:
+        """Of "image" and "text" those that it has."""
+        return {name for name in ("image", "text") if getattr(self, name) is not None}
+
+    @property
     def embed_dim(self) -> int:
         return (self.image or self.text).embed_dim
 

@@ -55,6 +55,11 @@ class Ensemble:
         return self.members[0].home
 
     @property
+    def towers(self) -> set[str]:
+        """Of "image" and "text" those that all members have."""
+        return set.intersection(*(member.towers for member in self.members))
+
+    @property
     def embed_dim(self) -> int:
         return sum(member.embed_dim for member in self.members)
 

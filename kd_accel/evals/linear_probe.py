@@ -20,8 +20,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from kd_accel import distributed
+from kd_accel.evals.classification import accuracy, best_classes
 from kd_accel.evals.softmax_regression import fit, logits
-from kd_accel.evals.zero_shot import accuracy, best_classes
 from kd_accel.probe_config import ProbeConfig
 from kd_accel.schema import ConfigError
 

@@ -11,20 +11,18 @@ import time
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from kd_accel import distributed
 from kd_accel.eval_config import MeasureConfig
-from kd_accel.evals.agreement import agreement
+from kd_accel.evals.agreement import feature_agreement, top1_match
 from kd_accel.evals.classification import accuracy, seen_mask, seen_unseen
-from kd_accel.evals.coco_keys import coco_keys
 from kd_accel.evals.clusters import cluster_agreement
+from kd_accel.evals.coco_keys import coco_keys
 from kd_accel.evals.encoder import Encoder
 from kd_accel.evals.ensemble import Ensemble
-from kd_accel.evals.examples import write_examples
 from kd_accel.evals.feature_cache import FeatureCache
 from kd_accel.evals.features import SetFeatures
 from kd_accel.evals.groups import FACES, face_metrics, group_metrics
@@ -44,11 +42,9 @@ MAIN = {"zero_shot": "acc1", "retrieval": "mean_recall@1", "winogavil": "jaccard
 
 
 class OnSet:
-    """A model on a set. All ranks ask for the same, in the same order; each thing is computed when it is first asked."""
+    """A model on a set: everything is computed once, when it is asked for. All ranks ask alike, in the same order."""
 
-    def __init__(
-        self, encoder: Encoder | Ensemble, job: Job, config: MeasureConfig, *, teacher: Encoder | None = None
-    ):
+    def __init__(self, encoder: Encoder | Ensemble, job: Job, config: MeasureConfig, *, teacher: Encoder | None = None):
         self.encoder, self.job, self.config = encoder, job, config
         self.teacher = None if teacher is None else OnSet(teacher, job, config)
         self._cache = FeatureCache(config.cache)
@@ -98,12 +94,20 @@ class OnSet:
     def texts(self) -> Tensor:  # [m, d] raw
         return self.encode_texts(self.captions)
 
+    @property
+    def unit_images(self) -> Tensor:  # [n, d]
+        return self.encoder.unit(self.features.images)
+
+    @property
+    def unit_texts(self) -> Tensor:  # [m, d]
+        return self.encoder.unit(self.texts)
+
     def classify(self, class_names: Sequence[str], templates: Sequence[str]) -> Tensor:  # [n, <= 5]
         """The best classes of every image."""
         weights = self._cache.classifier(
             self.encoder, tuple(class_names), tuple(templates), batch_size=self.config.batch_size
         )
-        return classify(self.encoder.unit(self.features.images), weights)
+        return classify(self.unit_images, weights)
 
     def encode_texts(self, texts: list[str]) -> Tensor:
         return self._cache.text_features(self.encoder, texts, batch_size=self.config.batch_size)
@@ -133,7 +137,7 @@ def _read(eval_set: EvalSet) -> list[Sample]:
 
 def measures_of(encoder: Encoder | Ensemble, job: Job) -> tuple[str, ...]:
     """The rows that a job comes to; a linear probe is all that an image tower alone can be asked for."""
-    alone = job.train is not None and not encoder.has("text")
+    alone = job.train is not None and "text" not in encoder.towers
     return (PROBE,) if alone else job.measures
 
 
@@ -176,7 +180,7 @@ def _zero_shot(on_set: OnSet) -> Metrics:
         seen = seen_mask(test.class_names, read_names(Path(on_set.config.seen_classes), "seen_classes"), name=key)
         metrics |= seen_unseen(predictions, labels, seen)
     if on_set.config.clusters:
-        metrics |= cluster_metrics(on_set.encoder.unit(on_set.features.images), labels)
+        metrics |= cluster_agreement(on_set.unit_images, labels, num_classes=num_classes)
     return metrics
 
 
@@ -185,17 +189,18 @@ def _metadata(on_set: OnSet) -> Tensor:  # [n, k] int64
     task = on_set.job.task
     columns = task.metadata if task else ()
     if lacking := [sample.key for sample in on_set.samples if len(sample.meta) < len(columns)]:
-        raise ConfigError(f"{on_set.job.test.path}: {lacking[0]}.npy: {task.key} needs the columns {', '.join(columns)}")
+        raise ConfigError(
+            f"{on_set.job.test.path}: {lacking[0]}.npy: {task.key} needs the columns {', '.join(columns)}"
+        )
     return torch.tensor([sample.meta[: len(columns)] for sample in on_set.readable], dtype=torch.int64)
 
 
 def _retrieval(on_set: OnSet) -> Metrics:
-    encoder, config = on_set.encoder, on_set.config
-    images, texts = encoder.unit(on_set.features.images), encoder.unit(on_set.texts)
+    images, texts = on_set.unit_images, on_set.unit_texts
     metrics = recall(images, texts, on_set.owner)
     if on_set.job.key == "coco":
         metrics |= coco_keys(metrics, images, texts, on_set.owner)
-    if config.statistics:
+    if on_set.config.statistics:
         metrics |= feature_statistics(images, texts, on_set.owner)
     return metrics
 
@@ -203,13 +208,25 @@ def _retrieval(on_set: OnSet) -> Metrics:
 def _winogavil(on_set: OnSet) -> Metrics:
     questions = on_set.job.test.questions()
     cues = on_set.encoder.unit(on_set.encode_texts([prompt(question.cue) for question in questions]))
-    return evaluate_winogavil(on_set.encoder.unit(on_set.features.images), on_set.features.rows, cues, questions)
+    return evaluate_winogavil(on_set.unit_images, on_set.features.rows, cues, questions)
 
 
 def _probe(on_set: OnSet) -> Metrics:
     test = on_set.features.images, on_set.labels
     num_classes = len(on_set.job.test.class_names)
     return linear_probe(on_set.training_set(), test, on_set.config.probe, num_classes=num_classes)
+
+
+def _agreement(student: OnSet, teacher: OnSet, what: str) -> Metrics:
+    """What of a set both say alike; of texts, and of the classes they name, where the teacher has a text tower."""
+    if not student.features.rows.equal(teacher.features.rows):
+        raise SetError(f"{student.job.test.path}: some images could be read once and not again: is it changing?")
+    metrics = feature_agreement(student.unit_images, teacher.unit_images)
+    if "text" not in teacher.encoder.towers:
+        return metrics
+    if what == "zero_shot":
+        return metrics | top1_match(student.predictions, teacher.predictions)
+    return metrics | feature_agreement(student.unit_texts, teacher.unit_texts, of="text")
 
 
 MEASURES = {"zero_shot": _zero_shot, "retrieval": _retrieval, "winogavil": _winogavil, PROBE: _probe}

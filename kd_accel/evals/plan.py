@@ -45,7 +45,7 @@ def make_plan(config: MeasureConfig) -> Plan:
     """Raises ConfigError for unknown tasks, damaged sets, and when there is nothing to do at all."""
     folders = [config.data] if isinstance(config.data, str) else config.data
     if not config.tasks:
-        tests = [_as_task(test) for test in find_sets(folders)]
+        tests = _as_tasks(find_sets(folders))
         return Plan([Job(test, TASKS.get(test.name), _train(test.name, test, config)) for test in tests], {})
     roots = [Path(folder) for folder in folders]
     if absent := [root for root in roots if not root.is_dir()]:
@@ -59,14 +59,17 @@ def make_plan(config: MeasureConfig) -> Plan:
             jobs.append(Job(found, task, _train(task.key, found, config)))
     if not jobs:
         key, places = next(iter(skipped.items()))
-        raise ConfigError(f"data: none of the {len(skipped)} tasks has its set; of {key}, looked for {', '.join(places)}")
+        raise ConfigError(
+            f"data: none of the {len(skipped)} tasks has its set; of {key}, looked for {', '.join(places)}"
+        )
     return Plan(jobs, skipped)
 
 
-def _as_task(test: EvalSet) -> EvalSet:
-    """DataComp's folders, by their full names alone, become tasks; any other set keeps the folder's name."""
+def _as_tasks(tests: list[EvalSet]) -> list[EvalSet]:
+    """DataComp's folders take the keys of their tasks, unless another set has that name already."""
     keys = {f"wds_{key.removeprefix('fairness/').replace('/', '-')}_test": key for key in TASKS}
-    return replace(test, name=keys.get(test.name, test.name))
+    taken = {test.name for test in tests}
+    return [replace(t, name=keys[t.name]) if keys.get(t.name, t.name) not in taken else t for t in tests]
 
 
 def _train(key: str, test: EvalSet, config: MeasureConfig) -> EvalSet | None:

@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from kd_accel.evals.encoder import Encoder
 from kd_accel.metrics import read_rows, replace_text
 
 RESULTS, TABLE, DATACOMP = "results.jsonl", "evaluation_metrics_all.csv", "eval_results"
@@ -65,6 +66,11 @@ def finished(rows: list[Row], *, model: str, step: int | None, weights: str) -> 
     """
     wanted = (model, step, weights)
     return {(row["key"], row["task"]): row for row in rows if (row["model"], row["step"], row["weights"]) == wanted}
+
+
+def weights_of(encoder: Encoder) -> str:
+    """What a row has under "weights": another one for every model, preprocessing, tokenizer and precision."""
+    return f"{encoder.image_id[:16]}-{encoder.text_id[:16]}"
 
 
 def columns(row: Row) -> dict[str, float]:

@@ -14,15 +14,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from kd_accel import distributed
-from kd_accel.eval_config import EvalConfig, MeasureConfig
-from kd_accel.evals.aggregate import write_aggregates
-from kd_accel.evals.encoder import Encoder, load_encoder, load_teacher
-from kd_accel.evals.ensemble import Ensemble
-from kd_accel.evals.examples import write_examples
-from kd_accel.evals.measure import OnSet, measure, measures_of
-from kd_accel.evals.plan import Job, Plan, make_plan
-from kd_accel.evals.results import RESULTS, Row, append_row, finished, read_results, weights_of, write_tables
-from kd_accel.evals.sets import SetError
+from kd_accel.eval_config import EvalConfig
+from kd_accel.evals.encoder import load_encoder, load_teacher
+from kd_accel.evals.evaluate import evaluate
+from kd_accel.evals.plan import Plan, make_plan
+from kd_accel.evals.results import RESULTS, Row
 from kd_accel.evals.table import averages, in_words, table
 from kd_accel.evals.watch import watch
 from kd_accel.schema import ConfigError
@@ -52,41 +48,6 @@ def run(config: EvalConfig) -> int:
     return SKIPPED if plan.skipped else 0
 
 
-def evaluate(
-    encoder: Encoder | Ensemble,
-    jobs: list[Job],
-    config: MeasureConfig,
-    *,
-    output: Path,
-    teacher: Encoder | None = None,
-    again: bool = False,
-) -> Iterator[tuple[Row, bool]]:
-    """(row, whether it is new) of every measure of every job, each as soon as it is done and in `output`. Collective.
-
-    A row that is in `output` already, of the same weights and options, is not measured `again`. Sets that cannot be
-    evaluated are passed over, and raise one ConfigError at the end; whatever else goes wrong raises it at once.
-    """
-    known = {} if again else _known(output, encoder)
-    failed = []
-    for job in jobs:
-        on_set = OnSet(encoder, job, config, teacher=teacher)
-        try:
-            for what in measures_of(encoder, job):
-                row = known.get((job.key, what))
-                is_new = row is None or row["options"] != on_set.options(what)
-                if is_new:
-                    row = measure(on_set, what)
-                    distributed.on_main(lambda row=row: append_row(output, row))
-                    if what == "retrieval":
-                        distributed.on_main(lambda on_set=on_set: _write_examples(output.parent, on_set))
-                yield row, is_new
-        except SetError as error:
-            failed.append(str(error))
-    distributed.on_main(lambda: _write_tables(output))
-    if failed:
-        raise ConfigError("\n".join(failed))
-
-
 def _evaluate_model(config: EvalConfig, plan: Plan) -> Iterator[Row]:
     """The rows of one model, said as they come, and a table at the end."""
     encoder = load_encoder(
@@ -110,33 +71,6 @@ def _evaluate_model(config: EvalConfig, plan: Plan) -> Iterator[Row]:
     finally:
         if distributed.is_main() and rows:
             print(f"\n{encoder.title}\n{table(rows)}\n{averages(rows)}written to {output}", flush=True)
-
-
-def _known(output: Path, encoder: Encoder | Ensemble) -> dict[tuple[str, str], Row]:
-    """What `output` has of this encoder, as rank 0 sees it."""
-    rows: list[Row] = []
-    distributed.on_main(lambda: rows.extend(read_results(output)))
-    about = {"model": encoder.name, "step": encoder.step, "weights": weights_of(encoder)}
-    return distributed.from_main(finished(rows, **about))
-
-
-def _write_examples(folder: Path, on_set: OnSet) -> None:
-    write_examples(
-        folder,
-        on_set.job.test,
-        on_set.samples,
-        on_set.features,
-        on_set.texts,
-        on_set.owner,
-        on_set.captions,
-        count=on_set.config.examples,
-        step=on_set.encoder.step,
-    )
-
-
-def _write_tables(output: Path) -> None:
-    write_tables(output)
-    write_aggregates(read_results(output), output.parent)
 
 
 def _why_not_writable(output: Path) -> str | None:

@@ -18,7 +18,9 @@ def in_words(row: Row) -> str:
     shown = {name: row["metrics"].get(name) for name in SHOWN[row["task"]]}
     metrics = ", ".join(f"{name} {_percent(value)} %" for name, value in shown.items() if value is not None)
     probe = "linear probe " if row["task"] == "linear_probe" else ""
-    return f"{row['dataset']}: {probe}{metrics}; {row['n']} images" + (f", {row['bad']} unreadable" if row["bad"] else "")
+    return f"{row['dataset']}: {probe}{metrics}; {row['n']} images" + (
+        f", {row['bad']} unreadable" if row["bad"] else ""
+    )
 
 
 def table(rows: list[Row]) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from kd_accel.evals.classification import best_classes
 from kd_accel.evals.encoder import Encoder
 from kd_accel.evals.ensemble import Ensemble
 from kd_accel.evals.features import in_chunks, text_features
@@ -31,24 +32,3 @@ def classify(images: Tensor, weights: Tensor) -> Tensor:
         return best_classes(100 * images[rows.start : rows.stop] @ weights.T)
 
     return in_chunks(len(images), best, chunk_rows=CHUNK_ROWS).cpu()
-
-
-def best_classes(logits: Tensor) -> Tensor:  # [n, C] -> [n, min(5, C)] int64
-    """The five best classes of each row, best first; of equal logits the lower class index comes first."""
-    return logits.sort(dim=1, descending=True, stable=True).indices[:, :5]
-
-
-def accuracy(predictions: Tensor, labels: Tensor, *, num_classes: int) -> dict[str, float | None]:
-    """acc1, acc5 and mean_per_class_recall (shares, 0..1) of `predictions` [n, <= 5], best first, for `labels` [n].
-
-    acc5 is None below five classes; the mean is over the classes that occur in `labels`, as in DataComp.
-    """
-    hits = predictions == labels[:, None]
-    totals = labels.bincount(minlength=num_classes).double()  # [C]
-    correct = labels[hits[:, 0]].bincount(minlength=num_classes).double()
-    seen = totals > 0
-    return {
-        "acc1": hits[:, 0].double().mean().item(),
-        "acc5": hits.any(1).double().mean().item() if num_classes >= 5 else None,
-        "mean_per_class_recall": (correct[seen] / totals[seen]).mean().item(),
-    }

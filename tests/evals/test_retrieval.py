@@ -10,7 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kd_accel.eval_config import MeasureConfig
 from kd_accel.evals.find import find_sets
-from kd_accel.evals.measure import measure
+from kd_accel.evals.measure import OnSet, measure
+from kd_accel.evals.plan import Job
 from kd_accel.evals.retrieval import fixed_point, places, recall
 
 
@@ -141,6 +142,6 @@ def test_an_unreadable_image_takes_its_captions_with_it(encoder, tmp_path, write
     broken = write_benchmark(tmp_path / "broken", samples)
     # batches of one row: leaving one out must not change the others' rounding
     config = MeasureConfig(data=str(tmp_path), batch_size=1, num_workers=0)
-    rows = [measure(encoder, eval_set, config) for eval_set in find_sets([whole, broken])]
+    rows = [measure(OnSet(encoder, Job(eval_set), config), "retrieval") for eval_set in find_sets([whole, broken])]
     assert rows[0]["metrics"] == rows[1]["metrics"]
     assert [row["n"] for row in rows] == [8, 8]
