@@ -18,7 +18,7 @@ import json, logging, sys
 from pathlib import Path
 import torch
 from kd_accel import distributed
-from kd_accel.evals import feature_cache
+from kd_accel.evals import feature_cache, statistics
 from kd_accel.evals.encoder import load_encoder
 from kd_accel.evals.find import find_sets
 from kd_accel.evals.linear_probe import linear_probe
@@ -55,7 +55,9 @@ assert all(torch.equal(first.images, other.images) for other in (again, of_one_m
 
 labels = torch.tensor([sample.label for sample in samples])[first.rows]
 metrics = linear_probe((first.images, labels), (first.images, labels), ProbeConfig(), num_classes=3)
-everyone = distributed.gather_objects((counts, metrics, first.images.sum().item(), first.rows.tolist()))
+statistics.CHUNK_ROWS = 4
+lies = statistics.feature_statistics(first.images, first.images.flip(1), torch.arange(len(labels)))
+everyone = distributed.gather_objects((counts, metrics, lies, first.images.sum().item(), first.rows.tolist()))
 assert everyone == everyone[:1] * len(everyone)
 if rank == 0:
     print("result:", json.dumps(everyone[0]))
@@ -67,7 +69,7 @@ distributed.end_process(0)
 def test_two_processes_find_what_one_does(tmp_path, run_ranks):
     """Computed once, read once; all compute where one has another folder, or the file is damaged, which is said once.
 
-    A linear probe on the features has the same C and metrics, to the last bit.
+    A linear probe on the features, and their statistics, are the same to the last bit.
     """
     release = tiny.write_teacher(tmp_path / "untrained")
     folder = tmp_path / "set"
@@ -95,4 +97,4 @@ def test_two_processes_find_what_one_does(tmp_path, run_ranks):
     two = result(run_ranks, "two", [1, 2, 3])
     one = result(lambda args: run_process([sys.executable, *args]), "one", [1, 1, 2])
     assert two == one
-    assert len(two[2]) == 25
+    assert len(two[-1]) == 25
