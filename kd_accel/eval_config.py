@@ -46,13 +46,13 @@ class EvalConfig(MeasureConfig):
 
     ARCH,PRETRAINED of open_clip; hf/NAME, sentence/NAME, timm/NAME, torchvision/NAME; ssl/LAYOUT,FILE."""
     image_from: str | None = None
-    """A model whose image tower takes the place of the model's; run: the teacher of its run.
+    """A model whose image tower takes the place of the model's own.
 
-    run:NAME: one of several teachers."""
+    run: the teacher of the model's run; run:NAME, where it has several."""
     text_from: str | None = None
-    """Likewise the text tower, or stored texts: an .npy with its texts in a .txt, or a file of kd-accel embed prompts=.
+    """Likewise the text tower; or stored texts: what kd-accel embed prompts=... wrote, or an .npy.
 
-    Texts are looked up as they stand; where only class names are stored, the templates are left out."""
+    NAME.npy has its texts in NAME.txt, one per line, text_embeddings.npy in text_prompts.txt."""
     ensemble: list[str] = []
     """Further models: the mean of all models' cosines counts."""
     teacher: str | None = None
