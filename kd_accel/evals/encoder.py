@@ -35,7 +35,8 @@ from kd_accel.types import ImageInput, InputContract
 
 FORMS = (
     "a run, a checkpoint or a release directory; ARCH,PRETRAINED of open_clip; hf/NAME, timm/NAME, torchvision/NAME,"
-    " sentence/NAME or ssl/LAYOUT,FILE; a folder with meta.json and .onnx files"
+    " sentence/NAME or ssl/LAYOUT,FILE; a folder with meta.json and .onnx files; for text_from stored texts too, .npy or"
+    " .safetensors"
 )
 TEACHER = "run"  # in the place of a model: the teacher of the run; run:NAME where it has several
 
@@ -210,13 +211,13 @@ def _open(text: str, key: str, precision: str, run: Path | None = None) -> Encod
     if is_onnx(path):
         meta, image, text_tower = open_onnx(path, _device())
         return Encoder(meta.name, None, path if path.is_dir() else path.parent, image, text_tower)
-    if path.suffix in SUFFIXES:
+    if path.is_file() and path.suffix in SUFFIXES:
         return Encoder(path.stem, None, path.parent, None, StoredTexts.read(path, _device()))
     if path.is_dir():
         return _released(path, precision)
     arch, comma, pretrained = text.partition(",")
     if not comma and arch.partition("/")[0] not in _PACKAGES:
-        raise ConfigError(f"{key}={text}: no such directory, nor a model's name; give {FORMS}")
+        raise ConfigError(f"{key}={text}: no such file or directory, nor a model's name; give {FORMS}")
     values = {"arch": arch} | ({"pretrained": pretrained} if comma else {})
     return _taught(validate(TeacherConfig, values), key, precision)
 

@@ -51,8 +51,6 @@ class StoredTexts:
     @classmethod
     def read(cls, file: Path, device: torch.device) -> StoredTexts:
         """Raises ConfigError for files that are missing or damaged, do not fit each other, or contradict themselves."""
-        if not file.is_file():
-            raise ConfigError(f"{file}: no such file")
         texts, rows = _read_safetensors(file) if file.suffix == ".safetensors" else _read_npy(file)
         if rows.ndim != 2 or len(rows) != len(texts):
             raise ConfigError(f"{file}: an array {list(rows.shape)} of {len(texts)} texts; needed is [{len(texts)}, d]")
