@@ -35,8 +35,8 @@ from kd_accel.types import ImageInput, InputContract
 
 FORMS = (
     "a run, a checkpoint or a release directory; ARCH,PRETRAINED of open_clip; hf/NAME, timm/NAME, torchvision/NAME,"
-    " sentence/NAME or ssl/LAYOUT,FILE; a folder with meta.json and .onnx files; for text_from stored texts too, .npy or"
-    " .safetensors"
+    " sentence/NAME or ssl/LAYOUT,FILE; a folder with meta.json and .onnx files; for text_from stored texts too, .npy"
+    " or .safetensors"
 )
 TEACHER = "run"  # in the place of a model: the teacher of the run; run:NAME where it has several
 

@@ -54,9 +54,11 @@ class StoredTexts:
         texts, rows = _read_safetensors(file) if file.suffix == ".safetensors" else _read_npy(file)
         if rows.ndim != 2 or len(rows) != len(texts):
             raise ConfigError(f"{file}: an array {list(rows.shape)} of {len(texts)} texts; needed is [{len(texts)}, d]")
+        if len(broken := (~rows.isfinite()).any(1).nonzero()):
+            raise ConfigError(f"{file}: the embedding of '{texts[broken[0]]}' is not finite")
         row_of = {text: row for row, text in reversed(list(enumerate(texts)))}  # of equal texts the first
         if odd := [text for text, row in zip(texts, rows, strict=True) if not rows[row_of[text]].equal(row)]:
-            raise ConfigError(f"{file}: '{odd[0]}' is stored twice, with different embeddings, or is not finite")
+            raise ConfigError(f"{file}: '{odd[0]}' is stored twice, with different embeddings")
         return cls(file, row_of, rows.to(device))
 
     def check(self, texts: list[str]) -> None:

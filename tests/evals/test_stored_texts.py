@@ -101,7 +101,7 @@ def test_equal_rows_of_a_text_given_twice_are_no_contradiction(write):
 
 def test_files_that_cannot_be_read(tmp_path, write):
     with pytest.raises(ConfigError, match=r"texts, one per line, are missing: looked for .*b\.txt$"):
-        StoredTexts.read(write(["cat"], np.eye(1), "b.npy"), CPU)
+        StoredTexts.read(write(["cat"], np.eye(1), "b.npy", "else.txt"), CPU)
     with pytest.raises(ConfigError, match=r"looked for .*text_embeddings\.txt and .*text_prompts\.txt$"):
         StoredTexts.read(write(["cat"], np.eye(1), words="else.txt"), CPU)
     np.save(tmp_path / "i.npy", np.eye(2, dtype=np.int64))
