@@ -63,25 +63,26 @@ def missing(rows: Iterable[Row]) -> dict[str, list[str]]:
 
 
 def write_aggregates(rows: Iterable[Row], folder: Path) -> None:
-    """Write folder/aggregate.json: a list with model, step, weights, aggregates and missing of every model evaluated.
+    """Write folder/aggregate.json: for every model in `rows` of results.jsonl, its step, weights, aggregates, missing.
 
-    In the order in which they first occur in `rows`, those of results.jsonl. `missing` has the averages that lack some
-    of their tasks; one that lacks all of them was not asked for. Called on the main rank.
+    Both have the averages of which some task was evaluated: one that has none was not asked for. Called on the main
+    rank.
     """
     models: dict[tuple, list[Row]] = {}
     for row in rows:
         models.setdefault((row["model"], row["step"], row.get("weights")), []).append(row)
-    entries = [
-        {
-            "model": model,
-            "step": step,
-            "weights": weights,
-            "aggregates": aggregates(own),
-            "missing": {name: keys for name, keys in missing(own).items() if 0 < len(keys) < len(AVERAGES[name].keys)},
-        }
-        for (model, step, weights), own in models.items()
-    ]
+    entries = [dict(zip(("model", "step", "weights"), who, strict=True)) | _entry(own) for who, own in models.items()]
     replace_text(folder / "aggregate.json", json.dumps(entries, indent=2) + "\n")
+
+
+def _entry(rows: list[Row]) -> dict[str, dict]:
+    absent = missing(rows)
+    asked = [name for name, average in AVERAGES.items() if len(absent[name]) < len(average.keys)]
+    found = aggregates(rows)
+    return {
+        "aggregates": {name: found[name] for name in asked},
+        "missing": {name: absent[name] for name in asked if absent[name]},
+    }
 
 
 def _by_key(rows: Iterable[Row]) -> dict[str, Row]:
