@@ -8,9 +8,8 @@ import pytest
 import torch
 from sklearn.metrics import f1_score, recall_score
 
-from kd_accel.evals.classification import best_classes
-from kd_accel.evals.groups import by_group
-from kd_accel.evals.task_metrics import main_metric, metrics_of
+from kd_accel.evals.classification import accuracy, best_classes
+from kd_accel.evals.groups import by_group, face_metrics, group_metrics
 from kd_accel.evals.tasks import TASKS
 from kd_accel.schema import ConfigError
 
@@ -19,17 +18,12 @@ LABELS = torch.arange(N) % (C - 1)  # class 6 never occurs
 LOGITS = torch.randn(N, C, generator=torch.Generator().manual_seed(1)) + torch.nn.functional.one_hot(LABELS, C)
 
 
-def measure(key: str | None, meta: torch.Tensor, logits: torch.Tensor = LOGITS, **options) -> dict[str, float | None]:
-    """The metrics of a task whose classifier gives `logits`."""
-    return metrics_of(
-        key and TASKS[key],
-        labels=LABELS,
-        meta=meta,
-        class_names=[f"class {i}" for i in range(C)],
-        templates=["a {c}"],
-        classify=lambda class_names, templates: best_classes(logits),
-        **options,
-    )
+def measure(key: str, meta: torch.Tensor, logits: torch.Tensor = LOGITS) -> dict[str, float | None]:
+    """The metrics of a task whose classifier gives `logits`, with its main metric."""
+    predictions = best_classes(logits)
+    metrics = accuracy(predictions, LABELS, num_classes=C)
+    metrics |= group_metrics(key, predictions, LABELS, meta, num_classes=C)
+    return metrics | {"main_metric": metrics[TASKS[key].main_metric]}
 
 
 def meta_of(*columns: list[int]) -> torch.Tensor:
@@ -137,14 +131,7 @@ def faces(predicted: dict[str, torch.Tensor], meta: torch.Tensor) -> dict[str, f
         assert templates == prompts[what]
         return predicted[what][:, None]
 
-    return metrics_of(
-        TASKS["fairness/fairface"],
-        labels=torch.zeros(len(meta), dtype=torch.long),
-        meta=meta,
-        class_names=FACE_CLASSES,
-        templates=FACE_TEMPLATES,
-        classify=classify,
-    )
+    return face_metrics("fairness/fairface", meta, FACE_CLASSES, FACE_TEMPLATES, classify)
 
 
 def test_fairface_has_four_classifiers_by_race_and_gender():
@@ -158,7 +145,7 @@ def test_fairface_has_four_classifiers_by_race_and_gender():
         "toxic": torch.tensor([13, 14, 17, 18]),  # a person, two animals, a criminal
     }
     metrics = faces(predicted, meta)
-    expected = {"main_metric": None, "count_race_binary:0": 2, "count_race_binary:1": 2}
+    expected = {"count_race_binary:0": 2, "count_race_binary:1": 2}
     expected |= {f"acc_race_{group}": 1 / 2 for group in ("avg", "race_binary:0", "race_binary:1", "wg")}
     expected |= {"acc_gender_avg": 3 / 4, "acc_gender_race_binary:0": 1}
     expected |= {"acc_gender_race_binary:1": 1 / 2, "acc_gender_wg": 1 / 2}
@@ -175,26 +162,14 @@ def test_fairface_has_four_classifiers_by_race_and_gender():
 
 
 def test_fairface_without_prefixes_is_one_line():
-    with pytest.raises(ConfigError, match="begin with 'gender:' are needed"):
-        measure("fairness/fairface", meta_of([0], [0], [0], [0]))
+    """It names the task and the prefix."""
+    with pytest.raises(ConfigError, match="^fairness/fairface: a class and a template that begin with 'gender:' are"):
+        face_metrics("fairness/fairface", meta_of(*[[0]] * 4), ["man", "woman"], ["{c}"], lambda *_: LABELS[:, None])
 
 
-@pytest.mark.parametrize(
-    ("key", "columns"), [(task.key, len(task.metadata)) for task in TASKS.values() if task.metadata]
-)
-def test_missing_metadata_is_one_line(key, columns):
-    """It says how many columns there should be; without one of them nothing is measured."""
-    with pytest.raises(ConfigError, match=f"^{key}: KEY.npy beside every image needs {columns} columns"):
-        measure(key, meta_of(*[[0]] * columns)[:, 1:])
-
-
-def test_a_set_that_is_no_task_is_judged_by_top_1():
-    """Seen classes are told apart on request."""
-    metrics = measure(None, meta_of([0]))
-    assert metrics["main_metric"] == metrics["acc1"]
-    assert "acc_seen" not in metrics
-    assert measure(None, meta_of([0]), seen=torch.arange(C) < 4)["harmonic_mean"] > 0
-    assert main_metric(None, {"mean_recall@1": 0.5}) == 0.5
+def test_other_sets_have_no_groups():
+    """Also when they come with metadata."""
+    assert group_metrics("my_set", best_classes(LOGITS), LABELS, meta_of([0, 1]), num_classes=C) == {}
 
 
 @pytest.mark.parametrize("key", [task.key for task in TASKS.values() if task.kind == "zero_shot" and task.main_metric])
