@@ -62,7 +62,7 @@ VERBS = {
     ),
     "report": (
         "kd_accel.config:ReportConfig",
-        "kd_accel.report:run",
+        "kd_accel.report.verb:run",
         "one HTML page with the curves and results of runs",
     ),
     "demo": (

@@ -34,7 +34,7 @@ from kd_accel.eval_config import EvalConfig
 from kd_accel.evals import suite
 from kd_accel.metrics import read_rows
 from kd_accel.models.release import resolve_release
-from kd_accel.report import write_report
+from kd_accel.report.verb import write_report
 from kd_accel.schema import ConfigError
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")

@@ -28,7 +28,7 @@ LAYERS = (
         "train",
         "embed",
         "evals.suite",
-        "report pictures runs",
+        "report",
         "filter",
         "pack",
         "download",

@@ -1,0 +1,1 @@
+"""kd-accel report: runs side by side on one page."""
