@@ -33,6 +33,7 @@ from kd_accel.masters import EMA, MOMENTS, OptimizerState
 from kd_accel.memory_files import load_memory, memory_snapshot
 from kd_accel.metrics import flat
 from kd_accel.models.release import write_release
+from kd_accel.models.student import Student
 from kd_accel.objective import Objective
 from kd_accel.random_state import random_state, set_random_state
 from kd_accel.schema import ConfigError, dump, load
@@ -82,19 +83,23 @@ def take_snapshot(*, engine: Engine, objective: Objective, state: TrainState, co
     tensors |= {f"state/{key}.safetensors": moments for key, moments in memory.moments.items()}
     tensors |= {"state/objective.safetensors": {name: t.cpu() for name, t in objective.state().items()}}
     texts = {"state/config.yaml": dump(config), "state/progress.json": json.dumps(asdict(state), indent=1)}
-    student = engine.student
-    release = {
+    versions = {"student": weights}
+    if EMA in memory.moments:
+        versions["student_ema"] = weights | memory.moments[EMA]  # buffers and frozen weights have no average
+    releases = {folder: release_of(engine.student, objective, w) for folder, w in versions.items()}
+    return Snapshot(state.step, tensors, texts, releases)
+
+
+def release_of(student: Student, objective: Objective, weights: dict[str, Tensor]) -> dict[str, Any]:
+    """What `write_release` wants of the student with these weights, which `Masters.weights` returned."""
+    return {
+        "state": student.release_state(weights),
         "model_cfg": student.model_cfg,
         "contract": student.contract,
         "log_scale": objective.log_logit_scale,
         "logit_bias": objective.bias,
         "hf_text": student.hf_text,
     }
-    versions = {"student": weights}
-    if EMA in memory.moments:
-        versions["student_ema"] = weights | memory.moments[EMA]  # buffers and frozen weights have no average
-    releases = {folder: {"state": student.release_state(w), **release} for folder, w in versions.items()}
-    return Snapshot(state.step, tensors, texts, releases)
 
 
 def write(snapshot: Snapshot, folder: Path) -> dict[str, list]:

@@ -23,6 +23,7 @@ from kd_accel.sections import (
     TeacherConfig,
 )
 from kd_accel.terms import LabelCE, check_teachers
+from kd_accel.train_eval_config import TrainEvalConfig
 
 
 class TrainConfig(Schema):
@@ -51,6 +52,8 @@ class TrainConfig(Schema):
     train: LoopConfig = LoopConfig()
     save: SaveConfig = SaveConfig()
     log: LogConfig = LogConfig()
+    eval: TrainEvalConfig | None = None
+    """Evaluate the student while it learns; null: only the verb eval does."""
 
     @field_validator("teachers")
     @classmethod

@@ -81,14 +81,13 @@ class Masters:
         steps = {int(state["step"]) for state in inner.state.values() if "step" in state}
         assert len(steps) <= 1, f"parameters took different numbers of steps: {steps}"
         keys = [*MOMENTS, EMA] if any(EMA in state for state in inner.state.values()) else MOMENTS
-        moments: dict[str, dict[str, Tensor]] = {key: {} for key in keys}
-        self._link_moments()
-        for name, parameter in self._trained() if steps else []:
-            for key in keys:
-                full = self._full(parameter, key)
-                if distributed.is_main():
-                    moments[key][name] = full.detach().float().cpu().clone()
+        moments = {key: self._moment(key) if steps else {} for key in keys}
         return OptimizerState(step=max(steps, default=0), moments=moments)
+
+    def averages(self) -> dict[str, Tensor]:
+        """The moving average of each trained parameter, {} where none is kept; collective, complete on rank 0."""
+        kept = any(EMA in state for state in self._adamw().state.values())
+        return self._moment(EMA) if kept else {}
 
     def load_optimizer_state(self, saved: OptimizerState) -> None:
         """Continue from `saved`, which every rank has; the engine may be another one than the one that saved it."""
@@ -115,6 +114,16 @@ class Masters:
                 state[held][EMA].lerp_(held, 1 - decay)
             else:
                 state[held][EMA] = held.detach().clone()
+
+    def _moment(self, key: str) -> dict[str, Tensor]:
+        """Parameter name -> its moment, fp32 on the CPU; on rank 0 only."""
+        self._link_moments()
+        gathered = {}
+        for name, parameter in self._trained():
+            full = self._full(parameter, key)
+            if distributed.is_main():
+                gathered[name] = full.detach().float().cpu().clone()
+        return gathered
 
     def _link_moments(self) -> None:
         """Let DeepSpeed 0.19 find the moments of every group under ZeRO-1 and 2.

@@ -23,13 +23,14 @@ class Saver:
     Only `save` and `finish` talk to other ranks; every rank calls them at the same steps.
     """
 
-    def __init__(self, run: Path, config: TrainConfig, *, steps_per_epoch: int, total_steps: int):
+    def __init__(self, run: Path, config: TrainConfig, *, start_step: int, steps_per_epoch: int, total_steps: int):
         self._run, self._config, self._total_steps = run, config, total_steps
         every_minutes = config.save.every_minutes
         self._every_steps = config.save.every_steps or (None if every_minutes else steps_per_epoch)
         self._seconds = None if every_minutes is None else 60 * every_minutes
         self._last_time = time.monotonic()
         self._snapshot_step: int | None = None  # of the checkpoint under way
+        self._newest_step: int | None = start_step  # of the last one that was begun and did not fail
         self._thread: threading.Thread | None = None
         self._result: tuple[dict[str, list], str | None] = {}, None  # files written by this rank, what went wrong
         if distributed.is_main():
@@ -51,6 +52,10 @@ class Saver:
         """Whether a checkpoint has been begun that `finish` has not seen; alike on every rank."""
         return self._snapshot_step is not None
 
+    def has(self, step: int) -> bool:
+        """Whether there is a checkpoint of this step, or one under way; alike on every rank."""
+        return step == self._newest_step
+
     def save(self, *, engine: Engine, objective: Objective, state: TrainState, at_end: bool) -> None:
         """Take a snapshot and write it: now when it is the run's last or save.background=false, else beside training.
 
@@ -60,7 +65,7 @@ class Saver:
             self.finish()
         self._last_time = time.monotonic()
         snapshot = take_snapshot(engine=engine, objective=objective, state=state, config=self._config)
-        self._snapshot_step = snapshot.step
+        self._snapshot_step = self._newest_step = snapshot.step
         self._thread = threading.Thread(target=self._write, args=(snapshot,), name="checkpoint")
         self._thread.start()
         if at_end or not self._config.save.background:
@@ -87,6 +92,7 @@ class Saver:
             if distributed.is_main():
                 log.info("saved %s", whole)
             return
+        self._newest_step = None
         said = f"the checkpoint of step {step} could not be written ({errors[0]}); the newest whole one: {whole}"
         if distributed.is_main():
             drop_partial(self._run)

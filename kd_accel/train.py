@@ -24,6 +24,7 @@ from kd_accel.data.loader import rows_per_micro_batch
 from kd_accel.data.workers import is_lost_worker
 from kd_accel.engine import Engine
 from kd_accel.episodes import Episodes
+from kd_accel.evals.during import TrainingEvaluation
 from kd_accel.launch import end_accelerator, start_accelerator
 from kd_accel.metrics import MetricsLog, Throughput, replace_text, write_environment
 from kd_accel.objective import NonFiniteLoss
@@ -73,7 +74,9 @@ class Trainer:
     loader                      batches of this rank
     objective, engine           what turns features into a step
     episodes                    what clusters coming samples for `prototype` terms
-    state, total_steps          where the run stands, where it ends
+    evaluation                  when the student is evaluated, on what
+    state                       where the run stands
+    start_step, total_steps     where it began or went on, where it ends
     saver                       when checkpoints are written
     metrics, throughput         what it says
     """
@@ -82,6 +85,7 @@ class Trainer:
         self.config = config
         self.folder = Path(config.output_dir) / config.name
         resume_from = checkpoint.find(config, self.folder)  # before anything is written or built
+        self.evaluation = TrainingEvaluation(config.eval, self.folder)
         self.accelerator = start_accelerator(
             precision=config.precision,
             grad_clip_norm=config.optim.grad_clip_norm,
@@ -92,6 +96,7 @@ class Trainer:
         set_seed(config.seed)  # weights start alike on every rank
         self.teachers = assembly.build_teachers(config)
         self.student = assembly.build_student(config, self.teachers)
+        self.evaluation.check(self.student)
         self.config = config = assembly.fit_models(config, self.student, self.teachers)
         self.loader = self._build_loader()
         objective = assembly.build_objective(config, self.student, self.teachers, self.loader)
@@ -111,17 +116,17 @@ class Trainer:
         self._announce()
         # closed even by an error: its traceback would keep the loader's workers, and they the end of the process
         with closing(iter(self.loader)) as batches, StopSignals(active=self.config.save.on_signal) as signals:
-            while self.state.step < self.total_steps:
+            stopped = self._evaluate_if_due(signals)  # a resumed run may have been stopped in the middle of that
+            while not stopped and self.state.step < self.total_steps:
                 self.episodes.prepare(self._progress())
                 with self.throughput.waiting():
                     micro_batches = next(batches)
                 row = self._train_step(micro_batches)
-                # once in a while: a row of metrics, a checkpoint
+                # once in a while: a row of metrics, a checkpoint, an evaluation
                 if self.state.step % self.config.log.every_steps == 0 or self.state.step == self.total_steps:
                     self._count_bad_samples()
                     self._log(row)
-                if self._save_if_due(signals):
-                    break
+                stopped = self._save_if_due(signals) or self._evaluate_if_due(signals)
         if distributed.is_main():
             log.info("done: %s", checkpoint.newest(self.folder))
 
@@ -192,9 +197,10 @@ class Trainer:
         mine = [signals.received is not None, self.saver.time_is_up(), self.saver.is_writing()]
         stop, time_is_up, writing = distributed.any_rank(mine)
         at_end = stop or self.state.step == self.total_steps
-        if self.saver.is_under_way() and not writing:
+        if self.saver.is_under_way() and (at_end or not writing):
             self.saver.finish()
-        if at_end or time_is_up or self.saver.is_due(self.state.step):
+        due = at_end or time_is_up or self.saver.is_due(self.state.step)
+        if due and not self.saver.has(self.state.step):
             self._count_bad_samples()
             self.state.data = self.loader.state_dict()
             self.saver.save(engine=self.engine, objective=self.objective, state=self.state, at_end=at_end)
@@ -203,6 +209,21 @@ class Trainer:
             if distributed.is_main():
                 log.info("stopped by %s after step %d; resume=auto goes on", signals.received, self.state.step)
         return stop
+
+    def _evaluate_if_due(self, signals: StopSignals) -> bool:
+        """Evaluate the student by step; whether the run is to stop here, by a signal that came meanwhile."""
+        if not self.evaluation.is_due(self.state.step, total_steps=self.total_steps):
+            return False
+        self.evaluation.run(
+            self.state.step,
+            engine=self.engine,
+            objective=self.objective,
+            is_stopped=lambda: distributed.any_rank([signals.received is not None])[0],
+            log_row=self.metrics.log,
+            start_step=self.start_step,
+        )
+        self.throughput = Throughput()  # of training alone
+        return self._save_if_due(signals)
 
     def _count_bad_samples(self) -> None:
         self.state.bad_samples = count_bad_samples(
@@ -236,13 +257,13 @@ class Trainer:
             # first, because memory by sample id is only of the data that it was made with
             self.loader.load_state_dict(checkpoint.read_progress(resume_from).data)
             self.state = checkpoint.restore(resume_from, engine=self.engine, objective=self.objective)
+        self.start_step, self.state.total_steps = self.state.step, self.total_steps
         with distributed.failing_together():
             if distributed.is_main():
                 self._make_folder()
-            at = {"start_step": self.state.step, "total_steps": self.total_steps}
+            at = {"start_step": self.start_step, "total_steps": self.total_steps}
             self.metrics = MetricsLog(self.folder, self.config, accelerator=self.accelerator, **at)
-        steps = {"steps_per_epoch": self.loader.steps_per_epoch, "total_steps": self.total_steps}
-        self.saver = Saver(self.folder, self.config, **steps)
+        self.saver = Saver(self.folder, self.config, steps_per_epoch=self.loader.steps_per_epoch, **at)
         self.throughput = Throughput()
         if not distributed.is_main():
             return

@@ -1,0 +1,203 @@
+"""The section eval of training in one process: which rows there are, and that training goes on as without it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import signal
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+
+from kd_accel import checkpoint
+from kd_accel.config import TrainConfig
+from kd_accel.eval_config import EvalConfig
+from kd_accel.evals import during, suite
+from kd_accel.evals.results import RESULTS, read_results
+from kd_accel.metrics import read_rows
+from kd_accel.schema import ConfigError, validate
+from kd_accel.train import run
+
+RESNET = {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "head_width": 16}  # with BatchNorm
+
+
+@pytest.fixture
+def sets(tmp_path, write_benchmark, labelled, captioned):
+    """A folder of a zero-shot set of 7 images and a retrieval set of 6."""
+    write_benchmark(tmp_path / "sets" / "things", labelled([0, 1, 2, 3, 4, 5, 0]), num_classes=6)
+    return write_benchmark(tmp_path / "sets" / "pairs", captioned([1, 2, 1, 3, 1, 1])).parent
+
+
+@pytest.fixture
+def train(tmp_path, train_shards, tiny_teacher, sets):
+    """A function that trains 6 steps of a student with BatchNorm, with checkpoints after 4 and 6."""
+
+    def go(name: str, *, evaluate: dict | None = None, **changes):
+        text, load = tiny.arch()["text_cfg"], {"batch_size": 4, "num_workers": 0}
+        values = {
+            "name": name,
+            "output_dir": str(tmp_path / "runs"),
+            "precision": "fp32",
+            "data": {"shards": str(train_shards), "batch_size": 8, "num_workers": 0, "augment": {"scale": [0.5, 1.0]}},
+            "student": {"arch": {"embed_dim": 8, "vision_cfg": RESNET, "text_cfg": text}},
+            "teacher": {"path": str(tiny_teacher)},
+            "objective": {"terms": {"clip": {"kind": "clip"}, "kl": {"kind": "logit_kl"}}},
+            "optim": {"lr": 1e-2, "steps": 6},
+            "save": {"every_steps": 4},
+            "log": {"every_steps": 1},
+            "eval": None if evaluate is None else {**load, "data": str(sets), **evaluate},
+        }
+        run(validate(TrainConfig, values | changes))
+        return tmp_path / "runs" / name
+
+    return go
+
+
+def results(folder) -> list[dict]:
+    """The rows without their seconds."""
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in read_results(folder / RESULTS)]
+
+
+def curve(folder) -> list[dict]:
+    """Rows of training, without what depends on the clock."""
+    clock = ("samples_per_second", "data_wait")
+    rows = [row for row in read_rows(folder / "metrics.jsonl") if "loss" in row]
+    return [{k: v for k, v in row.items() if k not in clock} for row in rows]
+
+
+def assert_same_training(ours, theirs) -> None:
+    """The curve and every tensor of the last checkpoint, bit by bit."""
+    assert curve(ours) == curve(theirs)
+    mine, other = (checkpoint.newest(folder) / "state" for folder in (ours, theirs))
+    for file in sorted(mine.glob("*.safetensors")):
+        wanted = load_file(other / file.name)
+        for name, tensor in load_file(file).items():
+            assert torch.equal(tensor.nan_to_num(), wanted[name].nan_to_num()), f"{file.name}: {name}"
+
+
+def test_training_is_what_it_would_have_been(train):
+    """Losses, weights, moments, running statistics, random states; rows by every_steps and at the end."""
+    with_eval = train("with", evaluate={"every_steps": 4})
+    assert_same_training(with_eval, train("without"))
+    steps = [(row["step"], row["key"]) for row in results(with_eval)]
+    assert steps == [(step, key) for step in (4, 6) for key in ("pairs", "things")]
+    assert not (with_eval / ".evaluated").exists()
+
+
+@pytest.mark.parametrize("ema", [None, 0.5])
+def test_rows_are_those_of_eval_on_the_checkpoint(train, sets, ema):
+    """Of the moving average, where there is one; also in metrics.jsonl and in the table."""
+    folder = train("run", evaluate={"every_steps": 2}, train={"ema_decay": ema})
+    model = shutil.copytree(folder, folder.parent / "copy" / "run")
+    (model / RESULTS).unlink()
+    for step in (4, 6):
+        path = str(model / "checkpoints" / f"step_{step:08d}")
+        suite.run(EvalConfig(model=path, data=str(sets), batch_size=4, num_workers=0))
+    assert results(folder)[2:] == results(model)
+    logged = [row for row in read_rows(folder / "metrics.jsonl") if "loss" not in row]
+    assert [row["step"] for row in logged] == [2, 2, 4, 4, 6, 6]
+    things = results(folder)[1]
+    assert logged[1] == {"step": 2} | {f"eval/things/{k}": v for k, v in things["metrics"].items() if v is not None}
+    assert "things/acc1" in (folder / "evaluation_metrics_all.csv").read_text()
+
+
+def test_missing_data_is_one_line_before_anything_is_built(train, tmp_path):
+    with pytest.raises(ConfigError, match="^data: .*nowhere: no such folder$"):
+        train("run", evaluate={"data": str(tmp_path / "nowhere")}, teacher={"path": str(tmp_path / "no teacher")})
+    assert not (tmp_path / "runs" / "run").exists()
+
+
+def test_a_set_that_breaks_is_an_error_line(train, sets, write_benchmark, captioned, caplog):
+    """The sets beside it have their rows, training goes on."""
+    broken = {key: {**members, "png": b"junk"} for key, members in captioned([1, 1]).items()}
+    write_benchmark(sets / "broken", broken)
+    with caplog.at_level(logging.ERROR):
+        folder = train("run", evaluate={"every_steps": 3})
+    assert [(row["step"], row["key"]) for row in results(folder)] == [
+        (s, k) for s in (3, 6) for k in ("pairs", "things")
+    ]
+    lines = [record.message for record in caplog.records if record.levelno == logging.ERROR]
+    said = [line.partition(" (")[0] for line in lines]
+    assert said == [f"step {step}: broken could not be evaluated" for step in (3, 6)]
+    assert len(curve(folder)) == 6
+
+
+def test_a_full_disk_costs_the_evaluation_alone(train, caplog, monkeypatch):
+    """Where the student cannot be written, there are no rows, and training goes on."""
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(during, "write_release", full)
+    with caplog.at_level(logging.ERROR):
+        folder = train("run", evaluate={"every_steps": 3, "at_end": False})
+    assert results(folder) == []
+    assert "step 3 could not be evaluated ([Errno 28] No space left on device)" in caplog.text
+    assert len(curve(folder)) == 6
+
+
+def test_a_student_of_one_tower_is_refused(train, tiny_teacher):
+    """Nothing to compare with: one line, at the start."""
+    student = {"arch": {"embed_dim": 12, "vision_cfg": tiny.arch()["vision_cfg"]}}
+    objective = {"terms": {"l1": {"kind": "embedding_l1"}}}
+    with pytest.raises(ConfigError, match="^eval: the student has no text tower"):
+        train("run", evaluate={}, student=student, objective=objective)
+
+
+@pytest.fixture
+def _handlers():
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("_handlers")
+@pytest.mark.parametrize("at", [3, 4, 6])
+def test_a_signal_in_the_middle_of_an_evaluation(train, monkeypatch, at):
+    """After the set under way the run saves and stops, at a step that has its checkpoint and at one that has none; the
+    resumed run evaluates the rest first, and no row is there twice."""
+    whole = train("whole", evaluate={"every_steps": 1})
+    measure = during.measure
+
+    def interrupted(encoder, *given):
+        if encoder.step == at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return measure(encoder, *given)
+
+    monkeypatch.setattr(during, "measure", interrupted)
+    stopped = train("stopped", evaluate={"every_steps": 1})
+    assert checkpoint.newest(stopped).name == f"step_{at:08d}"
+    assert [row["key"] for row in results(stopped) if row["step"] == at] == ["pairs"]
+    monkeypatch.setattr(during, "measure", measure)
+    train("stopped", evaluate={"every_steps": 1}, resume="auto")
+    assert_same_training(stopped, whole)
+    names = lambda rows: [row | {"model": None} for row in rows]  # noqa: E731
+    assert names(results(stopped)) == names(results(whole))
+    lines = (stopped / RESULTS).read_text().splitlines()
+    assert len(lines) == len(results(whole))
+    logged = [[row for row in read_rows(f / "metrics.jsonl") if "loss" not in row] for f in (stopped, whole)]
+    assert logged[0] == logged[1]
+
+
+def test_a_run_that_goes_on_from_before_an_evaluation_has_its_rows_once(train):
+    """Killed after step 5, resumed from step 4: the same weights, so the row stays, and the curve has it again."""
+    whole = train("whole", evaluate={"every_steps": 5, "at_end": False})
+    killed = train("killed", evaluate={"every_steps": 5, "at_end": False})
+    shutil.rmtree(killed / "checkpoints" / "step_00000006")
+    train("killed", evaluate={"every_steps": 5, "at_end": False}, resume="auto")
+    assert_same_training(killed, whole)
+    assert len((killed / RESULTS).read_text().splitlines()) == len((whole / RESULTS).read_text().splitlines())
+    logged = [[row for row in read_rows(f / "metrics.jsonl") if "loss" not in row] for f in (killed, whole)]
+    assert logged[0] == logged[1]
+    last = json.loads((checkpoint.newest(killed) / "state" / "progress.json").read_text())
+    assert (last["step"], last["total_steps"]) == (6, 6)
+
+
+def test_a_section_without_a_time_is_refused(train):
+    with pytest.raises(ConfigError, match="at_end=false leaves nothing to do"):
+        train("run", evaluate={"at_end": False})
