@@ -289,6 +289,7 @@ class Trainer:
         log.info("%s, %s, on %s", engine, self.config.precision, self.accelerator.device)
         for line in assembly.remarks(self.config, self.student):
             log.warning("%s", line)
+        self.evaluation.announce()
         micro_batches = f" x {loader.accumulate} micro-batches" if loader.accumulate > 1 else ""
         samples = "a stream" if loader.num_samples is None else f"{loader.num_samples} samples"
         log.info(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,10 +20,9 @@ from kd_accel import distributed
 from kd_accel.checkpoint import release_of
 from kd_accel.engine import Engine
 from kd_accel.evals.encoder import Encoder, load_encoder
-from kd_accel.evals.find import find_sets
-from kd_accel.evals.measure import measure
-from kd_accel.evals.results import RESULTS, Row, append_row, columns, finished, read_results, weights_of, write_tables
-from kd_accel.evals.sets import EvalSet
+from kd_accel.evals.evaluate import evaluate
+from kd_accel.evals.plan import Plan, make_plan
+from kd_accel.evals.results import RESULTS, columns
 from kd_accel.models.release import write_release
 from kd_accel.models.student import Student
 from kd_accel.objective import Objective
@@ -40,7 +40,12 @@ class TrainingEvaluation:
     def __init__(self, config: TrainEvalConfig | None, run: Path):
         """Without a config: never. Raises ConfigError for data that is not there."""
         self._config, self._run = config, run
-        self._eval_sets = [] if config is None else find_sets(config.data)
+        self._plan = Plan([], {}) if config is None else make_plan(config)
+
+    def announce(self) -> None:
+        """Say which tasks have no data."""
+        for key, places in self._plan.skipped.items():
+            _log(logging.WARNING, f"eval: skipped {key}: looked for {', '.join(places)}")
 
     def check(self, student: Student) -> None:
         """Raises ConfigError for a student that is to be evaluated and cannot be by itself."""
@@ -70,24 +75,22 @@ class TrainingEvaluation:
     ) -> None:
         """Evaluate the student after `step`; collective. What goes wrong is an error line, for one set or for all.
 
-        Sets that results.jsonl has of these weights are passed over. Before each set `is_stopped`, alike on every rank,
+        What results.jsonl has of these weights is not measured again. After each row `is_stopped`, alike on every rank,
         may end it. `log_row` gets "eval/KEY/METRIC" of each set, but for what a run that was resumed at `start_step`
         has logged before.
         """
         before = random_state()
         try:
             encoder = self._encoder(step, engine, objective)
-            known = self._known(encoder)
-            for eval_set in self._eval_sets:
-                if is_stopped():
-                    break
-                row = known.get((eval_set.name, eval_set.kind))
-                is_new, row = row is None, row or self._evaluate(encoder, eval_set)
-                if row is not None and (is_new or step > start_step):
-                    log_row({"step": step} | {f"eval/{name}": value for name, value in columns(row).items()})
-            self._on_main(lambda: write_tables(self._run / RESULTS))
+            with closing(evaluate(encoder, self._plan.jobs, self._config, output=self._run / RESULTS)) as rows:
+                for row, is_new in rows:
+                    if is_new or step > start_step:
+                        log_row({"step": step} | {f"eval/{name}": value for name, value in columns(row).items()})
+                    if is_stopped():
+                        break
         except ConfigError as error:
-            _log_error(f"step {step} could not be evaluated ({error})")
+            for line in str(error).splitlines():
+                _log(logging.ERROR, f"evaluation of step {step}: {line}")
         finally:
             set_random_state(before)
 
@@ -97,35 +100,11 @@ class TrainingEvaluation:
             weights = engine.masters.weights()
         weights |= engine.masters.averages()
         folder = self._run / ".evaluated"
-        self._on_main(lambda: _write(folder / "student", release_of(engine.student, objective, weights)))
+        distributed.on_main(lambda: _write(folder / "student", release_of(engine.student, objective, weights)))
         with distributed.failing_together():
             encoder = load_encoder(folder / "student")
-        self._on_main(lambda: shutil.rmtree(folder, ignore_errors=True))
+        distributed.on_main(lambda: shutil.rmtree(folder, ignore_errors=True))
         return replace(encoder, name=self._run.resolve().name, step=step, home=self._run)
-
-    def _known(self, encoder: Encoder) -> dict[tuple[str, str], Row]:
-        """What results.jsonl has of this encoder."""
-        rows: list[Row] = []
-        self._on_main(lambda: rows.extend(read_results(self._run / RESULTS)))
-        about = {"model": encoder.name, "step": encoder.step, "weights": weights_of(encoder)}
-        return distributed.from_main(finished(rows, **about))
-
-    def _evaluate(self, encoder: Encoder, eval_set: EvalSet) -> Row | None:
-        """The row of a set, which is in results.jsonl then; None for a set that cannot be evaluated."""
-        try:
-            row = measure(encoder, eval_set, self._config)
-            self._on_main(lambda: append_row(self._run / RESULTS, row))
-        except ConfigError as error:
-            _log_error(f"step {encoder.step}: {eval_set.name} could not be evaluated ({error})")
-            return None
-        return row
-
-    @staticmethod
-    def _on_main(act: Callable[[], None]) -> None:
-        """Rank 0 acts, the others wait. Raises ConfigError, on every rank, where that fails."""
-        with distributed.failing_together():
-            if distributed.is_main():
-                act()
 
 
 def _write(folder: Path, release: dict) -> None:
@@ -136,6 +115,6 @@ def _write(folder: Path, release: dict) -> None:
         raise OSError(str(error)) from None
 
 
-def _log_error(line: str) -> None:
+def _log(level: int, line: str) -> None:
     if distributed.is_main():
-        log.error("%s", line)
+        log.log(level, "%s", line)

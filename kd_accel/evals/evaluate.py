@@ -42,13 +42,10 @@ def evaluate(
                 is_new = row is None or row["options"] != on_set.options(what)
                 if is_new:
                     row = measure(on_set, what)
-                    distributed.on_main(lambda row=row: append_row(output, row))
-                    if what == "retrieval":
-                        distributed.on_main(lambda on_set=on_set: _write_examples(output.parent, on_set))
+                    distributed.on_main(lambda row=row, on_set=on_set: _record(row, on_set, output))
                 yield row, is_new
         except SetError as error:
             failed.append(str(error))
-    distributed.on_main(lambda: _write_tables(output))
     if failed:
         raise ConfigError("\n".join(failed))
 
@@ -61,20 +58,20 @@ def _known(output: Path, encoder: Encoder | Ensemble) -> dict[tuple[str, str], R
     return distributed.from_main(finished(rows, **about))
 
 
-def _write_examples(folder: Path, on_set: OnSet) -> None:
-    write_examples(
-        folder,
-        on_set.job.test,
-        on_set.samples,
-        on_set.features,
-        on_set.texts,
-        on_set.owner,
-        on_set.captions,
-        count=on_set.config.examples,
-        step=on_set.encoder.step,
-    )
-
-
-def _write_tables(output: Path) -> None:
+def _record(row: Row, on_set: OnSet, output: Path) -> None:
+    """The row, the tables made of all rows, and pictures of a retrieval set."""
+    append_row(output, row)
     write_tables(output)
     write_aggregates(read_results(output), output.parent)
+    if row["task"] == "retrieval":
+        write_examples(
+            output.parent,
+            on_set.job.test,
+            on_set.samples,
+            on_set.features,
+            on_set.texts,
+            on_set.owner,
+            on_set.captions,
+            count=on_set.config.examples,
+            step=row["step"],
+        )
