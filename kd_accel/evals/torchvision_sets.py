@@ -148,7 +148,7 @@ def _load(layout: _Layout, root: Path, split: str) -> Any:
     try:
         return layout.kind(root, download=False, **layout.splits[split])
     except (OSError, RuntimeError, ValueError, KeyError, EOFError) as error:
-        raise ConfigError(f"{root / layout.home}: torchvision cannot read it: {error}") from None
+        raise ConfigError(f"{root / layout.home}: torchvision cannot read its split {split}: {error}") from None
 
 
 def _second(rows: Sequence) -> list[int]:

@@ -252,7 +252,7 @@ def test_a_damaged_set_costs_one_line(put, root):
     """Half an archive: the sign is there, other files are not."""
     put("cifar-10-batches-py/test_batch", b"cut")
     with pytest.raises(
-        ConfigError, match="cifar-10-batches-py: torchvision cannot read it: Dataset not found"
+        ConfigError, match="cifar-10-batches-py: torchvision cannot read its split test: Dataset not found"
     ) as error:
         open_torchvision(root / "cifar-10-batches-py")
     assert "\n" not in str(error.value)
