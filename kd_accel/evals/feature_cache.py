@@ -26,6 +26,7 @@ from torch import Tensor
 
 from kd_accel import __version__, distributed
 from kd_accel.evals.encoder import Encoder
+from kd_accel.evals.ensemble import Ensemble
 from kd_accel.evals.features import SetFeatures, image_features, text_features
 from kd_accel.evals.sets import EvalSet, Sample
 from kd_accel.evals.zero_shot import classifier
@@ -46,7 +47,13 @@ class FeatureCache:
         self.folder = None if folder is None else Path(folder)
 
     def image_features(
-        self, encoder: Encoder, eval_set: EvalSet, samples: list[Sample], *, batch_size: int, num_workers: int
+        self,
+        encoder: Encoder | Ensemble,
+        eval_set: EvalSet,
+        samples: list[Sample],
+        *,
+        batch_size: int,
+        num_workers: int,
     ) -> SetFeatures:
         def compute() -> Tensors:
             found = image_features(encoder, eval_set, samples, batch_size=batch_size, num_workers=num_workers)
@@ -57,7 +64,7 @@ class FeatureCache:
         )
         return SetFeatures(found["rows"], found["images"].to(encoder.device))
 
-    def text_features(self, encoder: Encoder, texts: list[str], *, batch_size: int) -> Tensor:  # [m, d]
+    def text_features(self, encoder: Encoder | Ensemble, texts: list[str], *, batch_size: int) -> Tensor:  # [m, d]
         def compute() -> Tensors:
             return {"features": text_features(encoder, texts, batch_size=batch_size)}
 
@@ -65,7 +72,7 @@ class FeatureCache:
         return found["features"].to(encoder.device)
 
     def classifier(
-        self, encoder: Encoder, class_names: tuple[str, ...], templates: tuple[str, ...], *, batch_size: int
+        self, encoder: Encoder | Ensemble, class_names: tuple[str, ...], templates: tuple[str, ...], *, batch_size: int
     ) -> Tensor:  # [C, d]
         def compute() -> Tensors:
             return {"features": classifier(encoder, class_names, templates, batch_size=batch_size)}
@@ -80,7 +87,7 @@ class FeatureCache:
         return distributed.from_main(fingerprint(eval_set, samples) if distributed.is_main() else None)
 
     def _cached(
-        self, what: str, decides: list, encoder: Encoder, batch_size: int, compute: Callable[[], Tensors]
+        self, what: str, decides: list, encoder: Encoder | Ensemble, batch_size: int, compute: Callable[[], Tensors]
     ) -> Tensors:
         if self.folder is None:
             return compute()

@@ -75,13 +75,14 @@ def test_other_texts_templates_and_models_are_computed(encoder, tmp_path, comput
     cache.classifier(encoder, ("a", "b"), ("{c}",), batch_size=4)
     cache.classifier(encoder, ("b", "a"), ("{c}",), batch_size=4)
     cache.classifier(encoder, ("a",), ("b", "{c}"), batch_size=4)
-    cache.classifier(replace(encoder, identity="other weights"), ("a", "b"), ("{c}",), batch_size=4)
+    other_tower = replace(encoder.text, wants=replace(encoder.text.wants, pad=1))
+    cache.classifier(replace(encoder, text=other_tower), ("a", "b"), ("{c}",), batch_size=4)
     cache.classifier(encoder, ("a", "b"), ("{c}",), batch_size=1)  # rounds otherwise
     assert computed == ["classifier"] * 5
 
 
 def test_a_changed_set_is_computed_again(encoder, things, tmp_path, computed, write_benchmark, labelled):
-    """Another model, a tar written anew, fewer samples, another order; not other labels, names or class names."""
+    """Another image tower, a tar written anew, fewer samples, another order; not other labels or names."""
     cache = FeatureCache(tmp_path / "cache")
     samples = things.samples()
 
@@ -95,7 +96,9 @@ def test_a_changed_set_is_computed_again(encoder, things, tmp_path, computed, wr
     assert not is_computed(eval_set=replace(things, name="vtab/things", class_names=("other",)))
     assert is_computed(samples=samples[:-1])
     assert is_computed(samples=samples[::-1])
-    assert is_computed(encoder=replace(encoder, identity="other weights"))
+    other_tower = replace(encoder.image, wants=replace(encoder.image.wants, mean=(0.0, 0.0, 0.0)))
+    assert is_computed(encoder=replace(encoder, image=other_tower))
+    assert not is_computed(encoder=replace(encoder, name="other", text=None))
     assert not is_computed()
     os.utime(things.shards[0], ns=(1, 1))
     assert is_computed()

@@ -8,7 +8,7 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import recall_score, top_k_accuracy_score
+from sklearn.metrics import f1_score, recall_score, top_k_accuracy_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
@@ -35,15 +35,18 @@ def pipeline(train, c):
 
 @pytest.mark.parametrize("c", [1e-3, 0.1, 10])
 def test_metrics_are_scikit_learns(digits, c):
-    """For one C: acc1, acc5, mean recall of StandardScaler and LogisticRegression, to the last image."""
+    """For one C: all metrics of StandardScaler and LogisticRegression, to the last image."""
     train, test = digits
     ours = linear_probe(train, test, ProbeConfig(c=[c]), num_classes=10)
     theirs = pipeline(train, c)
     scores, truths = theirs.predict_proba(test[0].double().numpy()), test[1].numpy()
+    recall = pytest.approx(recall_score(truths, scores.argmax(1), average="macro"))
     assert ours == {
         "acc1": pytest.approx(top_k_accuracy_score(truths, scores, k=1)),
         "acc5": pytest.approx(top_k_accuracy_score(truths, scores, k=5)),
-        "mean_per_class_recall": pytest.approx(recall_score(truths, scores.argmax(1), average="macro")),
+        "mean_per_class_recall": recall,
+        "balanced_accuracy": recall,
+        "f1_macro": pytest.approx(f1_score(truths, scores.argmax(1), average="macro")),
         "c": c,
         "val_acc1": None,
     }
