@@ -115,6 +115,8 @@ class OnSet:
     def training_set(self) -> tuple[Tensor, Tensor]:
         """(raw features, labels) of the linear probe's training images."""
         train, probe = self.job.train, self.config.probe
+        if train.class_names != self.job.test.class_names:  # a class folder is missing, and indices mean other classes
+            raise SetError(f"{train.path}: its training split has other classes than its test split")
         samples = _read(train)
         if probe.shots is not None:
             samples = choose_shots(samples, shots=probe.shots, seed=probe.seed)
