@@ -10,7 +10,7 @@ from kd_accel.schema import Schema
 
 
 class PrepareConfig(Schema):
-    """kd-accel eval prepare SOURCE out=FOLDER kind=KIND: a HuggingFace dataset as an evaluation set in tars."""
+    """kd-accel eval prepare SOURCE out=FOLDER task=TASK: a HuggingFace dataset as an evaluation set in tars."""
 
     positional: ClassVar[str] = "source"
     source: str
@@ -18,7 +18,7 @@ class PrepareConfig(Schema):
     file."""
     out: str
     """Folder of the evaluation set, in CLIP_benchmark's layout."""
-    kind: Literal["zero_shot", "retrieval", "winogavil"]
+    task: Literal["zero_shot", "retrieval", "winogavil"]
     """What the set asks: the class of an image, the captions of an image, or WinoGAViL's associations."""
     split: str = "test"
     """Split of the source."""

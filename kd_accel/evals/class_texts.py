@@ -8,6 +8,7 @@ zeroshot_classification_templates.txt    a prompt per line, with {c} for the cla
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,9 @@ OPENAI_LISTS = "OpenAI's lists are in data/prompts.md of github.com/openai/CLIP"
 
 
 def class_names(classes: Sequence[str], folders: Sequence[Path]) -> tuple[str, ...]:
-    """What the class folders `classes` stand for: as the first of `folders` with a file says, else ImageNet's names for
-    its synsets (n01440764) and for the numbers 0 to 999, else the folders' own names, `_` read as a space.
+    """What the class folders `classes` stand for: as the first of `folders` with a file says; else ImageNet's names for
+    its synsets (n01440764) and for the numbers 0 to 999; else the folders' names as words, from red_fox and, where all
+    are written that way, from ApplyEyeMakeup.
 
     Raises ConfigError for a file that does not name every class, for synsets outside of ImageNet-1k, and for numbers.
     """
@@ -40,6 +42,8 @@ def class_names(classes: Sequence[str], folders: Sequence[Path]) -> tuple[str, .
         raise ConfigError(
             f"{folders[0]}: its class folders are numbers: put {CLASS_NAMES} there, a name per line; {OPENAI_LISTS}"
         )
+    if all(re.fullmatch("([A-Z][a-z]*)+", name) for name in classes):
+        return tuple(re.sub("(?<=[a-z])(?=[A-Z])", " ", name) for name in classes)
     return tuple(name.replace("_", " ") for name in classes)
 
 
@@ -63,7 +67,7 @@ def is_imagenet(classes: Sequence[str]) -> bool:
 def read_lines(path: Path) -> tuple[str, ...]:
     """The lines of a text file, stripped, without empty ones at its end; raises ConfigError for what is no UTF-8."""
     try:
-        return tuple(line.strip() for line in path.read_text(encoding="utf-8").strip().splitlines())
+        return tuple(line.strip() for line in path.read_text(encoding="utf-8-sig").strip().splitlines())
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read as UTF-8 text: {error}") from None
 

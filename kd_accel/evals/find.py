@@ -111,14 +111,17 @@ def _find(path: Path) -> list[EvalSet]:
 
 
 def _open(folder: Path, name: str | None = None, split: str = "test") -> EvalSet | None:
-    """The set in `folder`, by the first layout of which it bears a sign."""
-    return (
-        open_winogavil(folder, name=name, split=split)
-        or open_captions(folder, name=name, split=split)
-        or open_torchvision(folder, name=name, split=split)
-        or open_image_folder(folder, name=name, split=split)
-        or _open_tars(folder, name, split)  # last: its sign classnames.txt may lie beside class folders too
-    )
+    """The set in `folder`, by the first layout of which it bears a sign; raises ConfigError for a locked folder."""
+    try:
+        return (
+            open_winogavil(folder, name=name, split=split)
+            or open_captions(folder, name=name, split=split)
+            or open_torchvision(folder, name=name, split=split)
+            or open_image_folder(folder, name=name, split=split)
+            or _open_tars(folder, name, split)  # last: its sign classnames.txt may lie beside class folders too
+        )
+    except OSError as error:
+        raise ConfigError(f"data: {error.filename or folder}: cannot be read: {error.strerror}") from None
 
 
 def _open_tars(folder: Path, name: str | None, split: str) -> EvalSet | None:

@@ -93,9 +93,10 @@ def _subfolders(folder: Path) -> list[Path]:
     """Those that are not hidden, sorted by name; by number where all are numbers."""
     if not folder.is_dir():
         return []
-    found = [path for path in folder.iterdir() if path.name[0] != "." and path.is_dir()]
-    numbered = all(path.name.isdecimal() for path in found)
-    return sorted(found, key=lambda path: (int(path.name) if numbered else 0, path.name))
+    with os.scandir(folder) as entries:
+        names = [entry.name for entry in entries if entry.name[0] != "." and entry.is_dir()]
+    numbered = all(name.isdecimal() for name in names)
+    return [folder / name for name in sorted(names, key=lambda name: (int(name) if numbered else 0, name))]
 
 
 def _is_split(name: str) -> bool:
@@ -111,13 +112,17 @@ def _holds_image(folder: Path) -> bool:
 def _images(folder: Path) -> Iterator[Path]:
     """Every picture in and below `folder`, sorted; links are followed, but not in circles."""
     seen = set()
-    for here, folders, names in os.walk(folder, followlinks=True):
+    for here, folders, names in os.walk(folder, followlinks=True, onerror=_raise):
         if (place := os.path.realpath(here)) in seen:
             folders.clear()
             continue
         seen.add(place)
         folders[:] = sorted(name for name in folders if name[0] != ".")
         yield from (Path(here, name) for name in sorted(filter(_is_image, names)))
+
+
+def _raise(error: OSError) -> None:
+    raise ConfigError(f"{error.filename}: cannot be read: {error.strerror}")
 
 
 def _is_image(name: str) -> bool:

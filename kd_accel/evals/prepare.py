@@ -1,7 +1,7 @@
-"""kd-accel eval prepare SOURCE out=FOLDER kind=KIND: a HuggingFace dataset as an evaluation set in tars.
+"""kd-accel eval prepare SOURCE out=FOLDER task=TASK: a HuggingFace dataset as an evaluation set in tars.
 
-    kd-accel eval prepare flickr_1k/TEST/test out=sets/wds_flickr30k_test kind=retrieval
-    kd-accel eval prepare hf_cache/nlphuji___winogavil out=sets/winogavil kind=winogavil
+    kd-accel eval prepare flickr_1k/TEST/test out=sets/wds_flickr30k_test task=retrieval
+    kd-accel eval prepare hf_cache/nlphuji___winogavil out=sets/winogavil task=winogavil
 
 The layout is CLIP_benchmark's: KEY.jpg with the source's own bytes, and KEY.cls or KEY.txt with a caption per line. An
 image that nobody can decode is kept: leaving it out would make the set another one, and `eval` counts it as unreadable.
@@ -58,7 +58,7 @@ def run(config: PrepareConfig) -> None:
     if (out / config.into).exists():
         raise ConfigError(f"out={out}: holds {config.into}/ already: choose another folder, or delete that one")
     rows = open_rows(config.source, config.split)
-    plan = {"zero_shot": _zero_shot, "retrieval": _retrieval, "winogavil": _winogavil}[config.kind](rows, config)
+    plan = {"zero_shot": _zero_shot, "retrieval": _retrieval, "winogavil": _winogavil}[config.task](rows, config)
     if not plan.truths:
         raise ConfigError(f"source={config.source}: has no rows")
     try:
@@ -116,7 +116,7 @@ def _images_of(rows: datasets.Dataset, name: str) -> Callable[[int], bytes]:
 def _winogavil(rows: datasets.Dataset, config: PrepareConfig) -> _Plan:
     """Pictures are the same if they have the same name and bytes."""
     for name in ("cue", "candidates", "candidate_images", "associations"):
-        require_column(rows, "kind=winogavil", name)
+        require_column(rows, "task=winogavil", name)
     places: dict[tuple[str, str], tuple[int, int]] = {}  # (name, digest) -> a row that has it, and where
     questions = []
     for row in tqdm(range(len(rows)), desc="questions", disable=None):

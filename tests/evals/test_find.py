@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from kd_accel.evals import find
 from kd_accel.evals.captions_json import CaptionsSet
 from kd_accel.evals.find import find_sets, find_task
 from kd_accel.evals.image_folder import ImageFolderSet
@@ -152,6 +153,17 @@ def test_a_damaged_set_is_not_an_absent_one(one_of_each):
     (one_of_each / "wds_vtab-dtd_test" / "test" / "nshards.txt").write_text("many")
     with pytest.raises(ConfigError, match="nshards.txt"):
         find_task("vtab/dtd", [one_of_each])
+
+
+def test_a_locked_folder_costs_one_line(one_of_each, monkeypatch):
+    """Root, as whom tests may run, can read any folder: the refusal is played."""
+
+    def refuse(folder, **_):
+        raise PermissionError(13, "Permission denied", str(folder))
+
+    monkeypatch.setattr(find, "open_captions", refuse)
+    with pytest.raises(ConfigError, match="^data: .*sets: cannot be read: Permission denied$"):
+        find_sets(one_of_each)
 
 
 def test_real_sets(data_root):

@@ -41,6 +41,12 @@ def test_a_class_is_a_folder(folder, picture):
     assert found.image(samples[0]).tobytes() == decode(picture(10)).tobytes()
 
 
+def test_names_in_one_word(folder):
+    """UCF101's folders; one name of another kind leaves all as they are."""
+    assert open_image_folder(folder({"YoYo": 1, "ApplyEyeMakeup": 1})).class_names == ("Apply Eye Makeup", "Yo Yo")
+    assert open_image_folder(folder({"iPhone": 1, "TaiChi": 1}, name="others")).class_names == ("TaiChi", "iPhone")
+
+
 @pytest.mark.parametrize("part", ["test", "val", "valid", "testlist01", ""])
 def test_where_the_test_split_lies(folder, part):
     """Below the set's folder, or in it."""
@@ -70,7 +76,7 @@ def test_flat_folders_of_splits_are_no_classes(folder):
 def test_names_and_prompts_beside(folder):
     """classnames.txt and templates in the set's folder win, in the order of the class indices."""
     root = folder({"a": 1, "b": 1})
-    (root / "classnames.txt").write_text("an apple\na banana\n")
+    (root / "classnames.txt").write_text("\ufeffan apple\na banana\n", encoding="utf-8")  # as Windows begins a text
     (root / "zeroshot_classification_templates.txt").write_text("{c}!\n")
     found = open_image_folder(root)
     assert (found.class_names, found.templates) == (("an apple", "a banana"), ("{c}!",))

@@ -63,7 +63,7 @@ def content(folder: Path) -> dict[str, str]:
 
 def test_retrieval(flickr, tmp_path, picture):
     """Every caption is one line, and images keep their bytes; CLIP_benchmark's files are there."""
-    run(saved(flickr, tmp_path), tmp_path / "set", kind="retrieval", samples_per_shard=2)
+    run(saved(flickr, tmp_path), tmp_path / "set", task="retrieval", samples_per_shard=2)
     [found] = find_sets(tmp_path / "set")
     assert found.kind == "retrieval"
     samples = found.samples()
@@ -78,7 +78,7 @@ def test_retrieval(flickr, tmp_path, picture):
 
 def test_zero_shot(animals, tmp_path):
     """Class names come from the source, prompts are the simple one."""
-    run(saved(animals, tmp_path), tmp_path / "wds_pets_test", kind="zero_shot")
+    run(saved(animals, tmp_path), tmp_path / "wds_pets_test", task="zero_shot")
     [found] = find_sets(tmp_path / "wds_pets_test")
     assert (found.kind, found.class_names, found.templates) == ("zero_shot", ("cat", "dog"), ("a photo of a {c}.",))
     assert [s.label for s in found.samples()] == [1, 0, 1]
@@ -87,14 +87,14 @@ def test_zero_shot(animals, tmp_path):
 def test_both_splits_in_one_set(animals, tmp_path):
     """The training split of a linear probe joins the test; of another set it would not."""
     source = saved(animals, tmp_path)
-    run(source, tmp_path / "root" / "pets", kind="zero_shot")
-    run(source, tmp_path / "root" / "pets", kind="zero_shot", into="train")
+    run(source, tmp_path / "root" / "pets", task="zero_shot")
+    run(source, tmp_path / "root" / "pets", task="zero_shot", into="train")
     for split in ("test", "train"):
         assert len(find_task("pets", [tmp_path / "root"], split).samples()) == 3
     (tmp_path / "root" / "pets" / "classnames.txt").write_text("cat\nhorse\n")
     (tmp_path / "root" / "pets" / "train").rename(tmp_path / "elsewhere")
     with pytest.raises(ConfigError, match="classnames.txt: belongs to another set"):
-        run(source, tmp_path / "root" / "pets", kind="zero_shot", into="train")
+        run(source, tmp_path / "root" / "pets", task="zero_shot", into="train")
 
 
 def test_names_and_prompts_of_files(animals, tmp_path):
@@ -102,7 +102,7 @@ def test_names_and_prompts_of_files(animals, tmp_path):
     (tmp_path / "prompts.txt").write_text("{c}\na {c}\n")
     files = {"class_names": str(tmp_path / "names.txt"), "templates": str(tmp_path / "prompts.txt")}
     numbers = animals.cast_column("label", datasets.Value("int64"))
-    run(saved(numbers, tmp_path), tmp_path / "set", kind="zero_shot", **files)
+    run(saved(numbers, tmp_path), tmp_path / "set", task="zero_shot", **files)
     [found] = find_sets(tmp_path / "set")
     assert (found.class_names, found.templates) == (("a cat", "a dog", "no animal"), ("{c}", "a {c}"))
 
@@ -135,8 +135,8 @@ def write_table(path: Path, rows: datasets.Dataset) -> None:
 @pytest.mark.parametrize("write", [write_parquet, write_arrow])
 def test_other_sources_give_the_same_bytes(flickr, tmp_path, write):
     """Parquet files, and the cache of a dataset whose script no longer runs."""
-    run(saved(flickr, tmp_path), tmp_path / "set", kind="retrieval")
-    run(write(flickr, tmp_path / "other"), tmp_path / "same", kind="retrieval")
+    run(saved(flickr, tmp_path), tmp_path / "set", task="retrieval")
+    run(write(flickr, tmp_path / "other"), tmp_path / "same", task="retrieval")
     assert content(tmp_path / "same") == content(tmp_path / "set")
 
 
@@ -148,12 +148,12 @@ def test_images_that_are_paths(flickr, tmp_path, picture):
         rows.append({"bytes": None, "path": str(tmp_path / f"{i}.png")})
     by_path = datasets.Dataset.from_dict({"image": rows, "caption": CAPTIONS}, flickr.features)
     source = write_arrow(by_path, tmp_path / "cached")
-    run(source, tmp_path / "set", kind="retrieval")
+    run(source, tmp_path / "set", task="retrieval")
     [found] = find_sets(tmp_path / "set")
     assert found.image(found.samples()[2]).tobytes() == decode(picture(2)).tobytes()
     (tmp_path / "1.png").unlink()
     with pytest.raises(ConfigError, match=r"row 1: its file .*1.png cannot be read: No such file"):
-        run(source, tmp_path / "again", kind="retrieval")
+        run(source, tmp_path / "again", task="retrieval")
     assert not (tmp_path / "again" / "test").exists()
 
 
@@ -161,7 +161,7 @@ def test_an_image_that_nobody_can_decode_stays(flickr, tmp_path, picture):
     """It counts as unreadable in the evaluation; without it the set would be another one."""
     rows = [stored(picture(0)), stored(b"no picture"), stored(picture(2)[:60])]
     broken = datasets.Dataset.from_dict({"image": rows, "caption": CAPTIONS}, flickr.features)
-    run(saved(broken, tmp_path), tmp_path / "set", kind="retrieval")
+    run(saved(broken, tmp_path), tmp_path / "set", task="retrieval")
     [found] = find_sets(tmp_path / "set")
     assert len(found.samples()) == 3
     with tarfile.open(tmp_path / "set" / "test" / "0.tar") as tar:
@@ -171,7 +171,7 @@ def test_an_image_that_nobody_can_decode_stays(flickr, tmp_path, picture):
 def test_a_killed_run_leaves_no_set_and_is_gone_on_with(flickr, tmp_path, monkeypatch):
     """The first tar is not written again; the end is that of a run that nobody killed."""
     source, written, image_bytes = saved(flickr, tmp_path), [], prepare.image_bytes
-    run(source, tmp_path / "whole", kind="retrieval", samples_per_shard=1)
+    run(source, tmp_path / "whole", task="retrieval", samples_per_shard=1)
 
     def dies(stored, what):
         written.append(what)
@@ -181,13 +181,13 @@ def test_a_killed_run_leaves_no_set_and_is_gone_on_with(flickr, tmp_path, monkey
 
     monkeypatch.setattr(prepare, "image_bytes", dies)
     with pytest.raises(KeyboardInterrupt):
-        run(source, tmp_path / "set", kind="retrieval", samples_per_shard=1)
+        run(source, tmp_path / "set", task="retrieval", samples_per_shard=1)
     assert [path.name for path in (tmp_path / "set").iterdir()] == [".test.part"]
     with pytest.raises(ConfigError, match="holds no evaluation set"):
         find_sets(tmp_path / "set")
     (tmp_path / "set" / ".test.part" / ".1.tar.99.tmp").write_bytes(b"cut")
     written[:] = ["a", "b"]
-    run(source, tmp_path / "set", kind="retrieval", samples_per_shard=1)
+    run(source, tmp_path / "set", task="retrieval", samples_per_shard=1)
     assert written[2:] == ["image=image: row 1", "image=image: row 2"]
     assert content(tmp_path / "set") == content(tmp_path / "whole")
 
@@ -197,16 +197,16 @@ def test_an_unfinished_run_with_other_settings_is_begun_anew(flickr, tmp_path):
     part.mkdir(parents=True)
     (part / "0.tar").write_bytes(b"of another set")
     (part / "prepare.json").write_text("{}")
-    run(saved(flickr, tmp_path), tmp_path / "set", kind="retrieval")
+    run(saved(flickr, tmp_path), tmp_path / "set", task="retrieval")
     assert len(find_sets(tmp_path / "set")[0].samples()) == 3
 
 
 def test_a_set_that_is_there_stays(flickr, tmp_path):
     source = saved(flickr, tmp_path)
-    run(source, tmp_path / "set", kind="retrieval")
+    run(source, tmp_path / "set", task="retrieval")
     before = content(tmp_path / "set")
     with pytest.raises(ConfigError, match="holds test/ already"):
-        run(source, tmp_path / "set", kind="retrieval")
+        run(source, tmp_path / "set", task="retrieval")
     assert content(tmp_path / "set") == before
 
 
@@ -231,7 +231,7 @@ def winogavil(picture) -> datasets.Dataset:
 
 def test_winogavil(winogavil, tmp_path, picture):
     """Each picture once; a question's candidates keep their order."""
-    run(saved(winogavil, tmp_path), tmp_path / "set", kind="winogavil", samples_per_shard=2)
+    run(saved(winogavil, tmp_path), tmp_path / "set", task="winogavil", samples_per_shard=2)
     found = open_winogavil(tmp_path / "set")
     samples = found.samples()
     assert [found.image(s).tobytes() for s in samples] == [decode(picture(i)).tobytes() for i in (2, 1, 0)]
@@ -245,7 +245,7 @@ def test_winogavil(winogavil, tmp_path, picture):
 
 def test_winogavil_is_the_same_from_the_authors_table(winogavil, tmp_path, picture):
     """Two ways to the same questions, by the names of the pictures."""
-    run(saved(winogavil, tmp_path), tmp_path / "set", kind="winogavil")
+    run(saved(winogavil, tmp_path), tmp_path / "set", task="winogavil")
     table = tmp_path / "table"
     (table / "winogavil_images").mkdir(parents=True)
     for i, name in enumerate(["bison", "beard", "flea"]):
@@ -268,19 +268,19 @@ def test_winogavil_is_the_same_from_the_authors_table(winogavil, tmp_path, pictu
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        ({"source": "absent", "kind": "retrieval"}, "source=.*absent: no such file or folder; .*refs/convert/parquet"),
+        ({"source": "absent", "task": "retrieval"}, "source=.*absent: no such file or folder; .*refs/convert/parquet"),
         (
-            {"kind": "retrieval", "caption": "captions"},
+            {"task": "retrieval", "caption": "captions"},
             "caption: the source has no column 'captions'; did you mean 'caption'",
         ),
-        ({"kind": "retrieval", "image": "img"}, "image: the source has no column 'img'"),
-        ({"kind": "zero_shot"}, "label: the source has no column 'label'"),
-        ({"kind": "zero_shot", "label": "number"}, "class_names: the source does not name its classes"),
-        ({"kind": "zero_shot", "label": "number", "class_names": "names.txt"}, "label: row 1 is class 2, .* 0..1"),
-        ({"kind": "winogavil"}, "kind=winogavil: the source has no column 'cue'"),
-        ({"kind": "retrieval", "image": "caption"}, "image=caption: row 0: holds no image"),
-        ({"kind": "retrieval", "caption": "number"}, "caption=number: row 0 holds no text"),
-        ({"kind": "retrieval", "caption": "empty"}, "caption=empty: row 0 has no caption"),
+        ({"task": "retrieval", "image": "img"}, "image: the source has no column 'img'"),
+        ({"task": "zero_shot"}, "label: the source has no column 'label'"),
+        ({"task": "zero_shot", "label": "number"}, "class_names: the source does not name its classes"),
+        ({"task": "zero_shot", "label": "number", "class_names": "names.txt"}, "label: row 1 is class 2, .* 0..1"),
+        ({"task": "winogavil"}, "task=winogavil: the source has no column 'cue'"),
+        ({"task": "retrieval", "image": "caption"}, "image=caption: row 0: holds no image"),
+        ({"task": "retrieval", "caption": "number"}, "caption=number: row 0 holds no text"),
+        ({"task": "retrieval", "caption": "empty"}, "caption=empty: row 0 has no caption"),
     ],
 )
 def test_what_does_not_fit_costs_one_line(flickr, tmp_path, monkeypatch, more, said):
@@ -296,7 +296,7 @@ def test_what_does_not_fit_costs_one_line(flickr, tmp_path, monkeypatch, more, s
 
 
 def test_a_source_without_rows_or_without_the_split(flickr, tmp_path):
-    run_from = lambda source, **more: run(source, tmp_path / "set", kind="retrieval", **more)  # noqa: E731
+    run_from = lambda source, **more: run(source, tmp_path / "set", task="retrieval", **more)  # noqa: E731
     write_table(tmp_path / "empty.arrow", flickr.select([]))
     with pytest.raises(ConfigError, match="has no rows"):
         run_from(tmp_path / "empty.arrow")
@@ -324,4 +324,4 @@ def test_a_source_without_rows_or_without_the_split(flickr, tmp_path):
 def test_a_folder_that_cannot_be_written(flickr, tmp_path):
     (tmp_path / "file").write_text("no folder")
     with pytest.raises(ConfigError, match="out=.*file/set: "):
-        run(saved(flickr, tmp_path), tmp_path / "file" / "set", kind="retrieval")
+        run(saved(flickr, tmp_path), tmp_path / "file" / "set", task="retrieval")
