@@ -91,19 +91,25 @@ def open_onnx(path: Path, device: torch.device) -> tuple[OnnxMeta, OnnxImages | 
     """
     folder = path if path.is_dir() else path.parent
     meta = OnnxMeta.from_json(folder / FILE)
-    asked = {tower for tower in (meta.image, meta.text) if tower and path in (folder, folder / tower.file)}
-    if not asked:
+    image, text = (
+        tower if tower and path in (folder, folder / tower.file) else None for tower in (meta.image, meta.text)
+    )
+    if image is None and text is None:
         raise ConfigError(f"{path}: {folder / FILE} names no such file")
-    image = text = None
-    if meta.image in asked:
-        file = folder / meta.image.file
-        session = _session(file, meta.image, "tensor(float)", meta.embed_dim)
-        image = OnnxImages(file, meta.image, session, meta.embed_dim, device)
-    if meta.text in asked:
-        file = folder / meta.text.file
-        session = _session(file, meta.text, "tensor(int64)", meta.embed_dim)
-        text = OnnxTexts(file, meta.text, _text_input(folder, meta.text), session, meta.embed_dim, device)
-    return meta, image, text
+    return (
+        meta,
+        None if image is None else _image_tower(folder / image.file, image, meta.embed_dim, device),
+        None if text is None else _text_tower(folder / text.file, text, meta.embed_dim, device),
+    )
+
+
+def _image_tower(file: Path, meta: OnnxImage, embed_dim: int, device: torch.device) -> OnnxImages:
+    return OnnxImages(file, meta, _session(file, meta, "tensor(float)", embed_dim), embed_dim, device)
+
+
+def _text_tower(file: Path, meta: OnnxText, embed_dim: int, device: torch.device) -> OnnxTexts:
+    session = _session(file, meta, "tensor(int64)", embed_dim)
+    return OnnxTexts(file, meta, _text_input(file.parent, meta), session, embed_dim, device)
 
 
 def _session(file: Path, tower: OnnxImage | OnnxText, kind: str, embed_dim: int) -> Any:
