@@ -19,6 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from kd_accel.evals.sets import SetError
 from kd_accel.models.class_embeddings import read_names
 from kd_accel.schema import ConfigError
 
@@ -62,13 +63,13 @@ class StoredTexts:
         return cls(file, row_of, rows.to(device))
 
     def check(self, texts: list[str]) -> None:
-        """Raises ConfigError unless all of `texts` are stored."""
+        """Raises SetError unless all of `texts` are stored."""
         self._require(texts, "texts")
 
     def templates(self, class_names: tuple[str, ...], templates: tuple[str, ...]) -> tuple[str, ...]:
         """`templates` where every class name in each of them is stored, else none around the name.
 
-        Raises ConfigError where some class names are not stored either.
+        Raises SetError where some class names are not stored either.
         """
         if all(template.replace("{c}", name) in self.row_of for name in class_names for template in templates):
             return templates
@@ -76,14 +77,14 @@ class StoredTexts:
         return ("{c}",)
 
     def __call__(self, texts: list[str]) -> Tensor:
-        """b texts -> raw [b, d] fp32; raises ConfigError for a text that is not stored."""
+        """b texts -> raw [b, d] fp32; raises SetError for a text that is not stored."""
         self.check(texts)
         return self.rows[[self.row_of[text] for text in texts]]
 
     def _require(self, texts: list[str], what: str) -> None:
         if missing := [text for text in texts if text not in self.row_of]:
             shown = ", ".join(f"'{text}'" for text in missing[:3]) + (", ..." if len(missing) > 3 else "")
-            raise ConfigError(
+            raise SetError(
                 f"text_from={self.file}: {len(missing)} of {len(texts)} {what} are not among its {len(self.row_of)}"
                 f" texts: {shown}; store them too, or name a model with text_from"
             )

@@ -17,7 +17,8 @@ from kd_accel.evals.encoder import load_encoder
 from kd_accel.evals.ensemble import Ensemble
 from kd_accel.evals.features import image_features, text_features
 from kd_accel.evals.find import find_sets
-from kd_accel.evals.measure import measure
+from kd_accel.evals.measure import OnSet, measure
+from kd_accel.evals.plan import Job
 from kd_accel.evals.zero_shot import classifier
 from kd_accel.schema import ConfigError
 
@@ -40,6 +41,11 @@ def both(release, small) -> Ensemble:
 def eval_set(tmp_path, write_benchmark, labelled):
     [found] = find_sets(str(write_benchmark(tmp_path / "things", labelled([0, 1, 2, 0, 1]), num_classes=3)))
     return found
+
+
+def row_of(encoder, eval_set) -> dict:
+    config = MeasureConfig(data=str(eval_set.path), batch_size=2, num_workers=0)
+    return measure(OnSet(encoder, Job(eval_set), config), eval_set.kind)
 
 
 def cosines(encoder, eval_set) -> torch.Tensor:
@@ -77,8 +83,7 @@ def test_rows_are_unit_and_members_weigh_alike(both):
 
 def test_one_twice_is_that_one(release, eval_set):
     """The same predictions, hence the same metrics."""
-    config = MeasureConfig(data=str(eval_set.path), **LOAD)
-    once, twice = (measure(load_encoder(release, ensemble=more), eval_set, config) for more in ([], [str(release)]))
+    once, twice = (row_of(load_encoder(release, ensemble=more), eval_set) for more in ([], [str(release)]))
     assert twice["model"] == "untrained + untrained"
     assert twice["metrics"] == once["metrics"]
     assert twice["weights"] != once["weights"]
@@ -115,9 +120,8 @@ def test_two_processes_have_the_rows_of_one(release, small, tmp_path, write_benc
     write_benchmark(tmp_path / "things", labelled([0, 1, 2, 0, 1, 2, 1]), num_classes=3)
     write_benchmark(tmp_path / "captions", captioned([1, 3]))
     sets = [str(tmp_path / name) for name in ("things", "captions")]
-    load = {"batch_size": 2, "num_workers": 0}
     encoder = load_encoder(release, image_from=str(release), ensemble=[str(small)])
-    alone = [measure(encoder, eval_set, MeasureConfig(data=sets, **load)) for eval_set in find_sets(sets)]
+    alone = [row_of(encoder, eval_set) for eval_set in find_sets(sets)]
 
     words = [
         f"image_from={release}",

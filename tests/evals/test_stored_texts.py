@@ -15,7 +15,9 @@ from safetensors.torch import save_file
 from kd_accel.eval_config import MeasureConfig
 from kd_accel.evals.encoder import load_encoder
 from kd_accel.evals.find import find_sets
-from kd_accel.evals.measure import measure
+from kd_accel.evals.measure import OnSet, measure
+from kd_accel.evals.plan import Job
+from kd_accel.evals.sets import SetError
 from kd_accel.evals.stored_texts import StoredTexts
 from kd_accel.schema import ConfigError
 
@@ -124,7 +126,7 @@ def test_zero_shot_with_a_student_that_has_no_text_tower(image_run, write, write
     encoder = load_encoder(image_run, text_from=str(file))
     [eval_set] = find_sets(str(folder))
     config = MeasureConfig(data=str(folder), batch_size=3, num_workers=0)
-    row = measure(encoder, eval_set, config)
+    row = measure(OnSet(encoder, Job(eval_set), config), "zero_shot")
     samples = eval_set.samples()
     from kd_accel.data.transforms import eval_view
 
@@ -137,11 +139,13 @@ def test_zero_shot_with_a_student_that_has_no_text_tower(image_run, write, write
 
 
 def test_captions_that_were_not_stored(image_run, write, write_benchmark, captioned, tmp_path):
+    """A matter of this set: others go on."""
     folder = write_benchmark(tmp_path / "captions", captioned([1, 2]))
     encoder = load_encoder(image_run, text_from=str(write(["caption 0 of image 0"], np.ones((1, 8)))))
     [eval_set] = find_sets(str(folder))
-    with pytest.raises(ConfigError, match="2 of 3 texts are not among its 1 texts: 'caption 0 of image 1'"):
-        measure(encoder, eval_set, MeasureConfig(data=str(folder), batch_size=3, num_workers=0))
+    on_set = OnSet(encoder, Job(eval_set), MeasureConfig(data=str(folder), batch_size=3, num_workers=0))
+    with pytest.raises(SetError, match="2 of 3 texts are not among its 1 texts: 'caption 0 of image 1'"):
+        measure(on_set, "retrieval")
 
 
 def test_the_embeddings_of_a_published_pipeline(data_root):
