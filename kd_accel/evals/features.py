@@ -13,12 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from kd_accel import distributed
 from kd_accel.data.shards import BadSample
 from kd_accel.data.transforms import eval_view
+from kd_accel.data.workers import items_of
 from kd_accel.evals.encoder import Encoder
 from kd_accel.evals.ensemble import Ensemble
 from kd_accel.evals.sets import EvalSet, Sample, SetError
@@ -123,15 +124,11 @@ class ImageBatches(Dataset):
 def _load(encoder: Encoder, eval_set: EvalSet, samples: list[Sample], batch_size: int, num_workers: int) -> Any:
     """This rank's batches of ImageBatches, behind a progress bar where a person watches."""
     batches = deal(len(samples), batch_size)[distributed.rank()]
-    loader = DataLoader(
-        ImageBatches(eval_set, samples, batches, encoder.image_input),
-        batch_size=None,
-        num_workers=min(num_workers, len(batches)),
-        pin_memory=encoder.device.type == "cuda",
-        generator=torch.Generator(),  # torch would draw the workers' seed from the global generator
-    )
+    dataset = ImageBatches(eval_set, samples, batches, encoder.image_input)
+    items = items_of(dataset, num_workers=min(num_workers, len(batches)))
     # disable=None: a bar on a terminal, nothing in a log file
-    return tqdm(loader, desc=eval_set.name, unit="batch", leave=False, disable=None if distributed.is_main() else True)
+    shown = None if distributed.is_main() else True
+    return tqdm(items, total=len(batches), desc=eval_set.name, unit="batch", leave=False, disable=shown)
 
 
 def _report_bad(eval_set: EvalSet, bad: list[str], num_samples: int) -> None:
