@@ -40,7 +40,7 @@ class TrainingEvaluation:
     def __init__(self, config: TrainEvalConfig | None, run: Path):
         """Without a config: never. Raises ConfigError for data that is not there."""
         self._config, self._run = config, run
-        self._plan = Plan([], {}) if config is None else make_plan(config)
+        self._plan = Plan([], {}) if config is None else _plan(config)
 
     def announce(self) -> None:
         """Say which tasks have no data."""
@@ -50,11 +50,12 @@ class TrainingEvaluation:
     def check(self, student: Student) -> None:
         """Raises ConfigError for a student that is to be evaluated and cannot be by itself."""
         missing = {"image", "text"} - set(student.towers)
-        if missing and self._config is not None:
-            raise ConfigError(
-                f"eval: the student has no {missing.pop()} tower to compare with: drop the section eval, and evaluate"
-                " its checkpoints beside another model's tower, with kd-accel eval"
-            )
+        if self._config is None or not missing or (missing == {"text"} and self._config.probe is not None):
+            return
+        raise ConfigError(
+            f"eval: the student has no {missing.pop()} tower to compare with: drop the section eval, and evaluate its"
+            " checkpoints beside another model's tower: kd-accel eval ... image_from= or text_from="
+        )
 
     def is_due(self, step: int, *, total_steps: int) -> bool:
         """Alike on every rank."""
@@ -105,6 +106,13 @@ class TrainingEvaluation:
             encoder = load_encoder(folder / "student")
         distributed.on_main(lambda: shutil.rmtree(folder, ignore_errors=True))
         return replace(encoder, name=self._run.resolve().name, step=step, home=self._run)
+
+
+def _plan(config: TrainEvalConfig) -> Plan:
+    try:
+        return make_plan(config)
+    except ConfigError as error:
+        raise ConfigError("\n".join(f"eval: {line}" for line in str(error).splitlines())) from None
 
 
 def _write(folder: Path, release: dict) -> None:

@@ -16,8 +16,9 @@ from safetensors.torch import load_file
 from kd_accel import checkpoint
 from kd_accel.config import TrainConfig
 from kd_accel.eval_config import EvalConfig
-from kd_accel.evals import during, suite
+from kd_accel.evals import during, evaluate, suite
 from kd_accel.evals.results import RESULTS, read_results
+from kd_accel.evals.tasks import TASKS
 from kd_accel.metrics import read_rows
 from kd_accel.schema import ConfigError, validate
 from kd_accel.train import run
@@ -106,9 +107,21 @@ def test_rows_are_those_of_eval_on_the_checkpoint(train, sets, ema):
 
 
 def test_missing_data_is_one_line_before_anything_is_built(train, tmp_path):
-    with pytest.raises(ConfigError, match="^data: .*nowhere: no such folder$"):
+    with pytest.raises(ConfigError, match="^eval: data: .*nowhere: no such folder$"):
         train("run", evaluate={"data": str(tmp_path / "nowhere")}, teacher={"path": str(tmp_path / "no teacher")})
     assert not (tmp_path / "runs" / "run").exists()
+
+
+def test_a_task_without_its_set_is_told_at_the_start(train, sets, write_benchmark, labelled, caplog):
+    """The others are evaluated, under the names of their tasks."""
+    write_benchmark(sets / "wds_vtab-dtd_test", labelled([0, 1, 2]), num_classes=6)
+    with caplog.at_level(logging.WARNING):
+        folder = train("run", evaluate={"tasks": ["vtab/dtd", "cifar10"]})
+    assert [(row["key"], row["dataset"]) for row in results(folder)] == [("vtab/dtd", TASKS["vtab/dtd"].title)]
+    said = [record.message for record in caplog.records if "skipped" in record.message]
+    assert len(said) == 1
+    assert said[0].startswith(f"eval: skipped cifar10: looked for {sets / 'wds_cifar10_test'}")
+    assert "eval/vtab/dtd/acc1" in read_rows(folder / "metrics.jsonl")[-1]
 
 
 def test_a_set_that_breaks_is_an_error_line(train, sets, write_benchmark, captioned, caplog):
@@ -121,8 +134,11 @@ def test_a_set_that_breaks_is_an_error_line(train, sets, write_benchmark, captio
         (s, k) for s in (3, 6) for k in ("pairs", "things")
     ]
     lines = [record.message for record in caplog.records if record.levelno == logging.ERROR]
-    said = [line.partition(" (")[0] for line in lines]
-    assert said == [f"step {step}: broken could not be evaluated" for step in (3, 6)]
+    assert [line.partition(" (")[0] for line in lines] == [
+        f"evaluation of step {step}: {sets / 'broken'}: none of its 2 images is readable; the first: s0000: image"
+        " cannot be decoded: none of JPEG, PNG, WEBP, GIF, BMP"
+        for step in (3, 6)
+    ]
     assert len(curve(folder)) == 6
 
 
@@ -136,7 +152,7 @@ def test_a_full_disk_costs_the_evaluation_alone(train, caplog, monkeypatch):
     with caplog.at_level(logging.ERROR):
         folder = train("run", evaluate={"every_steps": 3, "at_end": False})
     assert results(folder) == []
-    assert "step 3 could not be evaluated ([Errno 28] No space left on device)" in caplog.text
+    assert "evaluation of step 3: [Errno 28] No space left on device" in caplog.text
     assert len(curve(folder)) == 6
 
 
@@ -157,23 +173,23 @@ def _handlers():
 
 
 @pytest.mark.usefixtures("_handlers")
-@pytest.mark.parametrize("at", [3, 4, 6])
+@pytest.mark.parametrize("at", [3, 6])
 def test_a_signal_in_the_middle_of_an_evaluation(train, monkeypatch, at):
     """After the set under way the run saves and stops, at a step that has its checkpoint and at one that has none; the
     resumed run evaluates the rest first, and no row is there twice."""
     whole = train("whole", evaluate={"every_steps": 1})
-    measure = during.measure
+    measure = evaluate.measure
 
-    def interrupted(encoder, *given):
-        if encoder.step == at:
+    def interrupted(on_set, what):
+        if on_set.encoder.step == at:
             os.kill(os.getpid(), signal.SIGTERM)
-        return measure(encoder, *given)
+        return measure(on_set, what)
 
-    monkeypatch.setattr(during, "measure", interrupted)
+    monkeypatch.setattr(evaluate, "measure", interrupted)
     stopped = train("stopped", evaluate={"every_steps": 1})
     assert checkpoint.newest(stopped).name == f"step_{at:08d}"
     assert [row["key"] for row in results(stopped) if row["step"] == at] == ["pairs"]
-    monkeypatch.setattr(during, "measure", measure)
+    monkeypatch.setattr(evaluate, "measure", measure)
     train("stopped", evaluate={"every_steps": 1}, resume="auto")
     assert_same_training(stopped, whole)
     names = lambda rows: [row | {"model": None} for row in rows]  # noqa: E731
