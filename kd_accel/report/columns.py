@@ -40,7 +40,9 @@ class Column:
 
 def columns_of(runs: list[Run]) -> list[Column]:
     """Teachers first, otherwise in the order of the runs."""
-    taught_by = {run.number: frozenset(teacher.number for teacher in teachers_among(run, runs)) for run in runs}
+    taught_by = {
+        run.number: frozenset(teacher.number for teacher in teachers_among(run, runs).values()) for run in runs
+    }
     teaching = frozenset().union(*taught_by.values())
     columns = [
         _column(run, model, teachers=taught_by[run.number], teaches=run.number in teaching)

@@ -113,7 +113,7 @@ def _some_teach(columns: list[Column]) -> bool:
 
 
 def _kept(metric: str, value: float | None, teacher: float | None) -> str:
-    """ "-11.7, 63 %": the difference in points and the share of the teacher's number; "" where one is missing."""
+    """Like -11.7, 63 %: the difference in points and the share of the teacher's number; empty where one is missing."""
     if value is None or not teacher or not unit(metric, [value, teacher]):
         return ""
     return f"{100 * (value - teacher):+.1f}, {value / teacher:.0%}".replace("-", "\N{MINUS SIGN}").replace("%", " %")

@@ -36,7 +36,7 @@ def best(metric: str, values: list[float | None]) -> float | None:
 
 
 def written(metric: str, value: float | None) -> str:
-    """ "15.3" for a share of 0.153, else the number; a dash for None."""
+    """A share of 0.153 as 15.3, another number as it is, None as a dash."""
     if value is None:
         return "\N{EN DASH}"
     return f"{100 * value:.1f}" if is_share(metric, value) else f"{value:,.4g}"

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 # Colours of the runs, in order, after Okabe and Ito's palette for the colour-blind; of middling lightness, so that they
 # are readable on white and on near-black. Further runs repeat them with dashes.
-COLORS = ("#2b7bba", "#d55e00", "#009e73", "#b5579a", "#a88300", "#4b9cc0", "#8f7060", "#7f7f7f")
+COLORS = ("#2b7bba", "#d55e00", "#009e73", "#b5579a", "#a88300", "#4293b8", "#8f7060", "#7f7f7f")
 DASHES = ("solid", "dashed", "dotted")
 INK = "#123456"  # replaced by the page's text colour
 MAX_POINTS = 600  # of a drawn line: more cannot be seen
@@ -160,4 +160,4 @@ def _element(svg: str) -> str:
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r' xmlns(:\w+)?="[^"]*"| (width|height)="[\d.]+pt"', "", svg)
-    return re.sub(r'<g id="[^"]*"', "<g", svg).replace(INK, "currentColor")
+    return re.sub(r'<g id="[^"]*"', "<g", svg).replace(INK, "currentColor").strip()

@@ -47,16 +47,19 @@ def read_runs(paths: list[Path]) -> list[Run]:
     return [_read(path, name, number) for number, (path, name) in enumerate(named)]
 
 
-def teachers_among(run: Run, runs: list[Run]) -> list[Run]:
-    """Those of `runs` that the config of `run` names as its teachers: by their path, else, as runs are moved and
-    copied, by the name of their directory where only one of them has it."""
-    paths = [_run_of(Path(section["path"])) for section in run.teachers.values() if section.get("path")]
-    found = []
-    for path in paths:
-        others = [other for other in runs if other is not run]
+def teachers_among(run: Run, runs: list[Run]) -> dict[str, Run]:
+    """Those of `runs` that the config of `run` names as its teachers, by their name in it.
+
+    Found by their path, else, as runs are moved and copied, by their directory's name where one of them alone has it.
+    """
+    found = {}
+    for name, section in run.teachers.items():
+        path = _run_of(Path(section["path"])) if section.get("path") else None
+        others = [other for other in runs if path and other is not run]
         same = [other for other in others if other.path.resolve() == path.resolve()]
         alike = [other for other in others if other.path.resolve().name == path.name]
-        found += same[:1] or (alike if len(alike) == 1 else [])
+        if same or len(alike) == 1:
+            found[name] = (same or alike)[0]
     return found
 
 
@@ -97,8 +100,9 @@ def _read(path: Path, name: str, number: int) -> Run:
 
 def _result(row: dict[str, Any]) -> dict[str, Any]:
     """Rows of early versions have neither key nor main metric: the set's name and the first metric stand for them."""
-    first = next(iter(row["metrics"].values()), None)
-    return {"key": row["dataset"], **row, "metrics": {"main_metric": first, **row["metrics"]}}
+    metrics = row["metrics"]
+    main = metrics.get("main_metric", next(iter(metrics.values()), None))
+    return {"key": row["dataset"], **row, "metrics": metrics | {"main_metric": main}}
 
 
 def _read_json(path: Path, kind: type) -> Any:
