@@ -40,6 +40,11 @@ VERBS = {
         "kd_accel.evals.suite:run",
         "zero-shot classification and retrieval of a run or a release",
     ),
+    "eval prepare": (
+        "kd_accel.prepare_config:PrepareConfig",
+        "kd_accel.evals.prepare:run",
+        "a HuggingFace dataset as an evaluation set in tars",
+    ),
     "pack": (
         "kd_accel.pack_config:PackConfig",
         "kd_accel.pack:run",

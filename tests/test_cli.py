@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import subprocess
+import re
 import sys
 
 import pytest
@@ -11,6 +12,7 @@ import pytest
 from kd_accel import __version__, cli
 from kd_accel.config import DemoConfig, IndexConfig, ReportConfig, TrainConfig
 from kd_accel.eval_config import EvalConfig
+from kd_accel.prepare_config import PrepareConfig
 from kd_accel.schema import ConfigError, load
 
 TRAIN = """
@@ -53,8 +55,10 @@ def test_a_value_may_name_a_yaml_file_or_hold_an_equals_sign(train_yaml):
         ("report runs/a runs/b output=r.html", ReportConfig(runs=["runs/a", "runs/b"], output="r.html")),
         ("demo", DemoConfig()),
         ("demo elsewhere seeds=[1,2]", DemoConfig(output_dir="elsewhere", seeds=[1, 2])),
+        ("eval prepare a out=b task=retrieval", PrepareConfig(source="a", out="b", task="retrieval")),
         ("help train", cli.HelpConfig(verb="train")),
         ("train --help", cli.HelpConfig(verb="train")),
+        ("help eval prepare", cli.HelpConfig(verb="eval prepare")),
         ("train -h name=3", cli.HelpConfig(verb="train")),
         ("--help", cli.HelpConfig()),
         ("-h", cli.HelpConfig()),
@@ -72,7 +76,7 @@ def test_positional_words_go_to_the_verbs_field(words, expected):
         (
             "zzzzzz",
             "unknown verb 'zzzzzz'; one of "
-            "train, embed, eval, pack, index, filter, download, report, demo, config, help",
+            "train, embed, eval, eval prepare, pack, index, filter, download, report, demo, config, help",
         ),
         ("help evla", "unknown verb 'evla'; did you mean 'eval'?"),
         ("train --lr 3", "'--lr': no flags; write key=value (kd-accel help train lists the keys)"),
@@ -169,7 +173,7 @@ def test_version(capsys):
 def test_the_overview_names_every_verb(capsys):
     assert cli.main([]) == 0
     out = capsys.readouterr().out
-    listed = dict(line.split(maxsplit=1) for line in out.splitlines() if line.startswith("  "))
+    listed = dict(re.split(r" {2,}", line.strip()) for line in out.splitlines() if line.startswith("  "))
     assert listed == {verb: line for verb, (_, _, line) in cli.VERBS.items()}
 
 
