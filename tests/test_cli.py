@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import resource
 import subprocess
-import re
 import sys
 
 import pytest

@@ -17,7 +17,8 @@ PACKAGE = Path(__file__).resolve().parent.parent / "kd_accel"
 LAYERS = (
     (
         "__init__ types schema schedules terms augment_config cache_config data_config sections config"
-        " pack_config filter_config download_config embed_config eval_config probe_config train_eval_config prepare_config help",
+        " pack_config filter_config download_config embed_config"
+        " eval_config probe_config train_eval_config prepare_config help",
     ),
     ("distributed", "losses", "random_state signals logs"),
     ("trim",),
