@@ -11,6 +11,7 @@ from pathlib import Path
 import datasets
 import pytest
 from datasets.arrow_writer import ArrowWriter
+from webdataset import WebDataset
 
 from kd_accel.data.transforms import decode
 from kd_accel.evals import prepare
@@ -74,6 +75,21 @@ def test_retrieval(flickr, tmp_path, picture):
     assert (tmp_path / "set" / "test" / "nshards.txt").read_text() == "2\n"
     assert sorted(path.name for path in (tmp_path / "set" / "test").iterdir()) == ["0.tar", "1.tar", "nshards.txt"]
     assert (tmp_path / "set" / "dataset_type.txt").read_text() == "retrieval\n"
+
+
+def test_webdataset_reads_it_too(flickr, animals, tmp_path, picture):
+    """As CLIP_benchmark's build_wds_dataset does, image by image."""
+    run(saved(flickr, tmp_path / "a"), tmp_path / "pairs", task="retrieval")
+    run(saved(animals, tmp_path / "b"), tmp_path / "classes", task="zero_shot")
+
+    def read(folder: Path, truth: str) -> list:
+        tars = [str(folder / "test" / f"{i}.tar") for i in range(int((folder / "test/nshards.txt").read_text()))]
+        return list(WebDataset(tars, shardshuffle=False).decode("pilrgb").to_tuple("webp;png;jpg;jpeg", truth))
+
+    pairs, classes = read(tmp_path / "pairs", "txt"), read(tmp_path / "classes", "cls")
+    assert [text.splitlines() for _, text in pairs] == [["a dog", "a dog that runs"], ["a cat"], ["caf\u00e9"]]
+    assert [label for _, label in classes] == [1, 0, 1]
+    assert [image.tobytes() for image, _ in pairs] == [decode(picture(i)).tobytes() for i in range(3)]
 
 
 def test_zero_shot(animals, tmp_path):
