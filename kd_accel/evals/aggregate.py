@@ -65,8 +65,7 @@ def missing(rows: Iterable[Row]) -> dict[str, list[str]]:
 def write_aggregates(rows: Iterable[Row], folder: Path) -> None:
     """Write folder/aggregate.json: for every model in `rows` of results.jsonl, its step, weights, aggregates, missing.
 
-    Both have the averages of which some task was evaluated: one that has none was not asked for. Called on the main
-    rank.
+    `missing` has the averages that lack some of their tasks, not those that lack all. Called on the main rank.
     """
     models: dict[tuple, list[Row]] = {}
     for row in rows:
@@ -76,13 +75,8 @@ def write_aggregates(rows: Iterable[Row], folder: Path) -> None:
 
 
 def _entry(rows: list[Row]) -> dict[str, dict]:
-    absent = missing(rows)
-    asked = [name for name, average in AVERAGES.items() if len(absent[name]) < len(average.keys)]
-    found = aggregates(rows)
-    return {
-        "aggregates": {name: found[name] for name in asked},
-        "missing": {name: absent[name] for name in asked if absent[name]},
-    }
+    lacking = {name: keys for name, keys in missing(rows).items() if 0 < len(keys) < len(AVERAGES[name].keys)}
+    return {"aggregates": aggregates(rows), "missing": lacking}
 
 
 def _by_key(rows: Iterable[Row]) -> dict[str, Row]:

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from kd_accel.evals.aggregate import aggregates, missing, write_aggregates
+from kd_accel.evals.aggregate import AVERAGES, aggregates, missing, write_aggregates
 from kd_accel.evals.tasks import TASKS, expand
 
 # Main metrics of MobileCLIP-S0 and MobileCLIP2-S4, of apple/ml-mobileclip, results/mobileclip_s0.jsonl and
@@ -150,18 +150,17 @@ def test_protoclip_and_coco_average_their_own_metrics():
 
 
 def test_every_model_and_step_has_its_entry(tmp_path):
-    """In the order of results.jsonl, with the averages that were asked for; nothing half-written stays behind."""
+    """In the order of results.jsonl; an average without any of its tasks lacks none by name. Nothing else is left."""
     rows = [row("imagenet1k", 0.25, step=100), row("imagenet1k", 0.5, step=200), row("objectnet", 0.75, step=200)]
     write_aggregates([*rows, row("my_own_set", 0.5, step=300)], tmp_path)
     first, second, third = json.loads((tmp_path / "aggregate.json").read_text())
-    assert (first["step"], first["aggregates"]["ImageNet"]) == (100, 0.25)
+    assert (first["step"], first["aggregates"]) == (100, aggregates(rows[:1]))
     assert (second["model"], second["step"], second["weights"]) == ("run", 200, "00")
+    assert second["aggregates"] == aggregates(rows[1:]) == dict.fromkeys(AVERAGES) | {"ImageNet": 0.5}
     shifts = "ImageNet dist. shifts"
-    asked = {"ImageNet": 0.5, shifts: None, "IN & Variants": None, "Average": None}  # these rows have no acc1
-    assert second["aggregates"] == asked
-    assert second["missing"].keys() == asked.keys() - {"ImageNet"}
+    assert second["missing"].keys() == {shifts, "IN & Variants", "Average"}
     assert second["missing"][shifts] == ["imagenet_sketch", "imagenetv2", "imagenet-a", "imagenet-o", "imagenet-r"]
-    assert third["aggregates"] == third["missing"] == {}
+    assert (third["aggregates"], third["missing"]) == (dict.fromkeys(AVERAGES), {})
     assert [path.name for path in tmp_path.iterdir()] == ["aggregate.json"]
 
 
