@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from kd_accel.evals.classification import f1_per_class, recall_per_class
+from kd_accel.evals.sets import SetError
 from kd_accel.evals.tasks import FACE_COLUMNS
-from kd_accel.schema import ConfigError
 
 Classify = Callable[[Sequence[str], Sequence[str]], Tensor]  # class names [C], templates -> best classes [n, <= 5]
 
@@ -76,7 +76,8 @@ def face_metrics(
 
     Classes and templates carry the classifier's name as a prefix ("age:0-2"); the truth is in `meta` [n, 4], the
     columns age, gender, race, race_binary. Race 1 is white, and race_binary 1 says that a person is not: the predicted
-    race is judged by that alone. Of toxic words, _wg is the group that gets the fewest, as in DataComp.
+    race is judged by that alone. Of toxic words, _wg is the group that gets the fewest, as in DataComp. Raises SetError
+    where a classifier has no class or no template.
     """
     age, gender, race, race_binary = meta[:, : len(FACE_COLUMNS)].unbind(1)
 
@@ -97,5 +98,5 @@ def face_metrics(
 def _of(what: str, lines: Sequence[str], key: str) -> list[str]:
     found = [line.removeprefix(f"{what}:") for line in lines if line.startswith(f"{what}:")]
     if not found:
-        raise ConfigError(f"{key}: a class and a template that begin with '{what}:' are needed, got {list(lines)[:3]}")
+        raise SetError(f"{key}: a class and a template that begin with '{what}:' are needed, got {list(lines)[:3]}")
     return found

@@ -10,8 +10,8 @@ from sklearn.metrics import f1_score, recall_score
 
 from kd_accel.evals.classification import accuracy, best_classes
 from kd_accel.evals.groups import by_group, face_metrics, group_metrics
+from kd_accel.evals.sets import SetError
 from kd_accel.evals.tasks import TASKS
-from kd_accel.schema import ConfigError
 
 N, C = 400, 7
 LABELS = torch.arange(N) % (C - 1)  # class 6 never occurs
@@ -163,7 +163,7 @@ def test_fairface_has_four_classifiers_by_race_and_gender():
 
 def test_fairface_without_prefixes_is_one_line():
     """It names the task and the prefix."""
-    with pytest.raises(ConfigError, match="^fairness/fairface: a class and a template that begin with 'gender:' are"):
+    with pytest.raises(SetError, match="^fairness/fairface: a class and a template that begin with 'gender:' are"):
         face_metrics("fairness/fairface", meta_of(*[[0]] * 4), ["man", "woman"], ["{c}"], lambda *_: LABELS[:, None])
 
 
