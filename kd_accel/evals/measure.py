@@ -187,13 +187,11 @@ def _zero_shot(on_set: OnSet) -> Metrics:
 
 
 def _metadata(on_set: OnSet) -> Tensor:  # [n, k] int64
-    """The columns by which the task groups its images; none for most. Raises ConfigError where the set has fewer."""
+    """The columns by which the task groups its images; none for most. Raises SetError where the set has fewer."""
     task = on_set.job.task
     columns = task.metadata if task else ()
     if lacking := [sample.key for sample in on_set.samples if len(sample.meta) < len(columns)]:
-        raise ConfigError(
-            f"{on_set.job.test.path}: {lacking[0]}.npy: {task.key} needs the columns {', '.join(columns)}"
-        )
+        raise SetError(f"{on_set.job.test.path}: {lacking[0]}.npy: {task.key} needs the columns {', '.join(columns)}")
     return torch.tensor([sample.meta[: len(columns)] for sample in on_set.readable], dtype=torch.int64)
 
 
