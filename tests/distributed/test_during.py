@@ -1,0 +1,67 @@
+"""Evaluation in the middle of training on two ranks: training and its rows, bit by bit, whatever the engine."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import run_process
+from distributed.test_eval import write_set
+from distributed.test_faults import state_of
+from distributed.test_resume import SHARDED, TWO, command, curve, zero
+
+pytestmark = pytest.mark.distributed
+
+STEPS = "optim={lr: 0.01, steps: 6, warmup_steps: 2}"
+RESNET = "student.arch.vision_cfg={image_size: 32, layers: [1, 1, 1, 1], width: 8, head_width: 16}"
+LAUNCHES = {
+    "DDP, BatchNorm": ({}, [RESNET]),
+    "ZeRO-2, bf16, moving average": (zero(2), [SHARDED, "precision=bf16", "train.ema_decay=0.5"]),
+    "ZeRO-3": (zero(3), []),
+}
+
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory) -> Path:
+    """Three batches of four, and one: ranks have different numbers of them."""
+    folder = tmp_path_factory.mktemp("sets")
+    write_set(folder / "classes", [i % 6 for i in range(11)])
+    write_set(folder / "one_image", ["a picture\nof nothing"])
+    return folder
+
+
+def rows_of(file: Path) -> list[dict]:
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
+
+
+def training_of(folder: Path) -> list[dict]:
+    return [row for row in curve(folder) if "loss" in row]
+
+
+@pytest.mark.parametrize("launch", LAUNCHES)
+def test_training_and_rows_are_what_they_would_have_been(launch, tmp_path, train_shards, tiny_teacher, sets):
+    """Losses, weights, moments, memory and random states of the run without evaluation; the rows that one process,
+    watching, finds in its checkpoints."""
+    env, extra = LAUNCHES[launch]
+    words = lambda name: command(TWO, tmp_path, train_shards, tiny_teacher, name, STEPS, *extra)  # noqa: E731
+    load = ["batch_size=4", "num_workers=1"]
+    run_process(words("plain"), env=env)
+    run_process([*words("run"), f"eval={{data: {sets}, every_steps: 3}}", *(f"eval.{key}" for key in load)], env=env)
+    plain, run = tmp_path / "plain", tmp_path / "run"
+    assert training_of(run) == training_of(plain)
+    ours, theirs = state_of(run), state_of(plain)
+    assert ours.keys() == theirs.keys()
+    for file, tensors in theirs.items():
+        for name, tensor in tensors.items():
+            assert torch.equal(ours[file][name].nan_to_num(), tensor.nan_to_num()), f"{file}: {name}"
+    watched = ["-m", "kd_accel", "eval", str(run), "watch=true", f"output={tmp_path / 'rows'}", f"data={sets}", *load]
+    output = run_process([sys.executable, *watched])
+    assert "waiting" not in output  # the last checkpoint says that it is the last
+    assert [(row["step"], row["key"], row["n"]) for row in rows_of(tmp_path / "rows")] == [
+        (step, *row) for step in (3, 6) for row in (("classes", 11), ("one_image", 1))
+    ]
+    assert rows_of(tmp_path / "rows") == rows_of(run / "results.jsonl")
