@@ -56,7 +56,7 @@ class Curve:
         for line, width in zip(self.lines, widths, strict=True):
             x, y = thinned(line.x, line.y)
             alone = np.isfinite(y).sum() == 1
-            axes.plot(x, y, linewidth=width, marker="o" if alone else None, label=line.label, **line.style)
+            axes.plot(x, y, linewidth=width, marker="o" if alone else None, label=_short(line.label), **line.style)
         axes.set_xlabel("step")
 
     @property
@@ -75,7 +75,7 @@ class Histogram:
     def draw(self, axes: Axes) -> None:
         for line in self.lines:
             counts, edges = np.histogram(line.y, bins=BINS, range=(0.0, 1.0))
-            axes.stairs(counts / max(1, len(line.y)), edges, linewidth=1.6, label=line.label, **line.style)
+            axes.stairs(counts / max(1, len(line.y)), edges, linewidth=1.6, label=_short(line.label), **line.style)
         axes.set_xlim(0.0, 1.0)
         axes.set_ylim(bottom=0.0)
         axes.set_ylabel("share of samples")
@@ -110,12 +110,12 @@ def inline_svg(panel: Panel) -> str:
 
 
 def write_png(panel: Panel, path: Path) -> None:
-    """The same picture on white, 200 dots per inch, with a legend where there are several lines."""
-    with _figure(panel, {}) as figure:
-        (axes,) = figure.axes
-        axes.set_title(panel.name, fontsize=9)
-        if len(panel.lines) > 1:
-            axes.legend(frameon=False, fontsize=7)
+    """The same picture on white, 200 dots per inch, beside it a legend where there are several lines."""
+    several = len(panel.lines) > 1
+    with _figure(panel, {}, width=5.8 if several else 4.4) as figure:
+        figure.suptitle(_short(panel.name), fontsize=9)
+        if several:
+            figure.legend(loc="outside right upper", frameon=False, fontsize=7)
         partial = path.with_name(path.name + ".tmp")
         figure.savefig(partial, format="png", dpi=200, metadata={"Software": None})
         partial.replace(path)
@@ -134,7 +134,7 @@ def thinned(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 @contextmanager
-def _figure(panel: Panel, style: dict) -> Iterator:
+def _figure(panel: Panel, style: dict, *, width: float = 4.4) -> Iterator:
     try:
         from matplotlib import rc_context
         from matplotlib.figure import Figure
@@ -142,12 +142,17 @@ def _figure(panel: Panel, style: dict) -> Iterator:
         raise ConfigError("report needs matplotlib: pip install 'kd_accel[report]'") from None
     # names of runs and metrics are text, not formulas between dollar signs
     with rc_context(style | {"font.size": 9, "text.parse_math": False}):
-        figure = Figure(figsize=(4.4, 2.6), layout="constrained")
+        figure = Figure(figsize=(width, 2.6), layout="constrained")
         axes = figure.add_subplot(frameon=False)
         panel.draw(axes)
         axes.grid(color=INK, alpha=0.12, linewidth=0.6)
         axes.tick_params(length=0)
         yield figure
+
+
+def _short(name: str) -> str:
+    """The start and the end of a name that would fill the picture."""
+    return name if len(name) <= 32 else f"{name[:15]}...{name[-14:]}"
 
 
 def _ends(line: Line) -> str:

@@ -79,11 +79,13 @@ def test_runs_look_different():
 
 
 def test_names_are_text_and_no_formulas(tmp_path):
-    """A dollar sign in a run's name does not reach matplotlib's parser."""
-    curve = Curve("a$\\frac{$", [Line(f"$\\x{i}$", i, np.arange(2), np.arange(2.0)) for i in range(2)])
+    """A dollar sign in a run's name does not reach matplotlib's parser, and a long one leaves room for the curves."""
+    curve = Curve(
+        "a$\\frac{$" + "x" * 200, [Line(f"$\\x{i}$" + "y" * 200, i, np.arange(2), np.arange(2.0)) for i in range(2)]
+    )
     write_png(curve, tmp_path / "x.png")
     with Image.open(tmp_path / "x.png") as image:
-        assert image.size == (880, 520)  # 4.4 x 2.6 inches of 200 dots
+        assert image.size == (1160, 520)  # 5.8 x 2.6 inches of 200 dots
         assert len(image.convert("RGB").getcolors(1 << 20)) > 10
     assert [path.name for path in tmp_path.iterdir()] == ["x.png"]
 
