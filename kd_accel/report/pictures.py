@@ -27,6 +27,7 @@ COLORS = ("#2b7bba", "#d55e00", "#009e73", "#b5579a", "#a88300", "#4293b8", "#8f
 DASHES = ("solid", "dashed", "dotted")
 INK = "#123456"  # replaced by the page's text colour
 MAX_POINTS = 600  # of a drawn line: more cannot be seen
+MAX_DOTS = 40  # points of a line that are drawn as such
 BINS = 40  # of a histogram over 0..1
 
 
@@ -55,8 +56,8 @@ class Curve:
         widths = np.linspace(2.4, 1.4, len(self.lines)) if len(self.lines) > 1 else (1.6,)  # shows what lies below
         for line, width in zip(self.lines, widths, strict=True):
             x, y = thinned(line.x, line.y)
-            alone = np.isfinite(y).sum() == 1
-            axes.plot(x, y, linewidth=width, marker="o" if alone else None, label=_short(line.label), **line.style)
+            dots = "o" if len(x) <= MAX_DOTS else None  # a point between two gaps has no line
+            axes.plot(x, y, linewidth=width, marker=dots, markersize=3, label=_short(line.label), **line.style)
         axes.set_xlabel("step")
 
     @property
@@ -113,7 +114,7 @@ def write_png(panel: Panel, path: Path) -> None:
     """The same picture on white, 200 dots per inch, beside it a legend where there are several lines."""
     several = len(panel.lines) > 1
     with _figure(panel, {}, width=5.8 if several else 4.4) as figure:
-        figure.suptitle(_short(panel.name), fontsize=9)
+        figure.axes[0].set_title(_short(panel.name), fontsize=9)
         if several:
             figure.legend(loc="outside right upper", frameon=False, fontsize=7)
         partial = path.with_name(path.name + ".tmp")

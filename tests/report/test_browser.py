@@ -21,10 +21,10 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium")
 LONG = "a_run_with_a_very_long_name_" + "x" * 120
 
-# Elements whose text is wider than their box and not in one that scrolls; boxes that reach out of the page.
+# Elements whose text is wider than their box; boxes that reach out of the page, where they do not scroll inside of it.
 CUT = """() => [...document.querySelectorAll('h1, h2, h3, h4, p, li, summary, figcaption, th, td, code')]
-  .filter(e => e.checkVisibility() && !e.closest('.scroll, pre'))
-  .filter(e => e.getBoundingClientRect().right > innerWidth + 1
+  .filter(e => e.checkVisibility() && !e.closest('pre'))
+  .filter(e => (e.getBoundingClientRect().right > innerWidth + 1 && !e.closest('.scroll'))
     || (getComputedStyle(e).display !== 'inline' && e.scrollWidth > e.clientWidth + 1))
   .map(e => e.tagName + ': ' + e.textContent.slice(0, 60))"""
 # Pairs of pieces of text in SVG pictures, or of figures, one on top of the other.

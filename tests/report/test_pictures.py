@@ -60,6 +60,14 @@ def test_a_value_that_is_not_finite_is_a_gap():
     assert path_of(svg).count("M") == 2
 
 
+def test_a_point_between_gaps_is_seen():
+    """It has no line to the left or to the right, so it is a dot."""
+    values = np.array([np.nan, 1.0, np.nan])
+    svg = inline_svg(Curve("loss", [Line("a", 0, np.arange(3), values)]))
+    dots = re.search(rf'<g clip-path="[^"]*">\s*<use [^>]*style="fill: {color(0)}', svg)
+    assert dots
+
+
 def test_a_line_without_a_finite_value_is_said():
     curve = Curve("loss", [Line("a", 0, np.arange(2), np.array([np.nan, np.nan]))])
     inline_svg(curve)
