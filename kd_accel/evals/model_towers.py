@@ -70,7 +70,7 @@ class ModelImages:
 
     @cached_property
     def id(self) -> str:
-        """SHA-256 of weights in their precision, structure and preprocessing; takes a second per 1-2 GB of weights."""
+        """SHA-256 of weights in their precision, structure and preprocessing; takes about 2 s per GB of weights."""
         return _sha256(self.model, "image", asdict(self.wants))
 
     @torch.no_grad()

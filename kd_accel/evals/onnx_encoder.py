@@ -16,6 +16,7 @@ from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
 from torch import Tensor
 
 from kd_accel.models.onnx_meta import FILE, OnnxImage, OnnxMeta, OnnxText
+from kd_accel.models.release import CONFIG
 from kd_accel.models.towers import to_model_input
 from kd_accel.schema import ConfigError
 from kd_accel.types import ImageInput, TextInput
@@ -79,8 +80,8 @@ class OnnxTexts:
 
 
 def is_onnx(path: Path) -> bool:
-    """A folder of ONNX files, or one of them."""
-    return path.suffix == ".onnx" or (path.is_dir() and any(path.glob("*.onnx")))
+    """A folder of ONNX files that is not also a release, or one such file."""
+    return path.suffix == ".onnx" or (any(path.glob("*.onnx")) and not (path / CONFIG).is_file())
 
 
 def open_onnx(path: Path, device: torch.device) -> tuple[OnnxMeta, OnnxImages | None, OnnxTexts | None]:

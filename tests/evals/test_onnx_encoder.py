@@ -108,6 +108,12 @@ def test_one_file_is_one_tower(exported):
     both.require("image", "text")
 
 
+def test_a_release_with_onnx_files_beside_is_the_release(copy, release):
+    shutil.copytree(release, copy, dirs_exist_ok=True)
+    assert load_encoder(copy).image_id == load_encoder(release).image_id
+    assert load_encoder(copy / "image.onnx").image_id != load_encoder(release).image_id
+
+
 def test_a_folder_with_one_tower(copy):
     (copy / "text.onnx").unlink()
     change(copy, text=None)
