@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -62,7 +62,7 @@ class OnSet:
 
     @cached_property
     def samples(self) -> list[Sample]:
-        return _read(self.job.test)
+        return _read(self.job.test.samples)
 
     @cached_property
     def features(self) -> SetFeatures:
@@ -74,6 +74,9 @@ class OnSet:
 
     @cached_property
     def labels(self) -> Tensor:  # [n] int64
+        """Raises SetError where a sample has none."""
+        if lacking := [sample.key for sample in self.samples if sample.label is None]:
+            raise SetError(f"{self.job.test.path}: {lacking[0]}.cls, the class index, is missing")
         return torch.tensor([sample.label for sample in self.readable])
 
     @cached_property
@@ -117,7 +120,7 @@ class OnSet:
         train, probe = self.job.train, self.config.probe
         if train.class_names != self.job.test.class_names:  # a class folder is missing, and indices mean other classes
             raise SetError(f"{train.path}: its training split has other classes than its test split")
-        samples = _read(train)
+        samples = _read(train.samples)
         if probe.shots is not None:
             samples = choose_shots(samples, shots=probe.shots, seed=probe.seed)
         found = self._features(train, samples)
@@ -128,11 +131,11 @@ class OnSet:
         return self._cache.image_features(self.encoder, eval_set, samples, **load)
 
 
-def _read(eval_set: EvalSet) -> list[Sample]:
-    """Its samples; what one rank finds wrong, every rank raises as SetError."""
+def _read(read: Callable[[], list]) -> list:
+    """What is read of a set; what one rank finds wrong, every rank raises as SetError."""
     try:
         with distributed.failing_together():
-            return eval_set.samples()
+            return read()
     except ConfigError as error:
         raise SetError(str(error)) from None
 
@@ -206,7 +209,7 @@ def _retrieval(on_set: OnSet) -> Metrics:
 
 
 def _winogavil(on_set: OnSet) -> Metrics:
-    questions = on_set.job.test.questions()
+    questions = _read(on_set.job.test.questions)
     cues = on_set.encoder.unit(on_set.encode_texts([prompt(question.cue) for question in questions]))
     return evaluate_winogavil(on_set.unit_images, on_set.features.rows, cues, questions)
 

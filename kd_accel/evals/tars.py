@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import tarfile
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -86,16 +87,32 @@ def _read(path: Path) -> str:
 
 
 def _read_shard(eval_set: TarSet, shard: Path) -> list[Sample]:
-    truth = "cls" if eval_set.kind == "zero_shot" else "txt"
-    images, members = _scan(shard, {truth, "npy"} if truth == "cls" else {truth})
-    if odd := images.keys() ^ members[truth].keys():
-        lacks = f".{' or .'.join(IMAGE_EXTENSIONS)}" if min(odd) in members[truth] else f".{truth}"
-        raise ConfigError(f"{shard}: sample '{min(odd)}' has no member {lacks}, which {eval_set.kind} needs")
-    told = _label if truth == "cls" else _captions
+    if eval_set.kind == "retrieval":
+        images, members = _scan(shard, {"txt"})
+        _require(shard, images, members["txt"].keys(), ".txt", "retrieval")
+        return [
+            Sample(k, shard, *at, captions=_captions(eval_set, shard, k, members["txt"][k])) for k, at in images.items()
+        ]
+    images, members = _scan(shard, {"cls", "npy"})
+    # DataComp's FairFace and UTKFace have their truth in .npy alone
+    _require(shard, images, members["cls"].keys() | members["npy"].keys(), ".cls", "zero_shot")
     return [
-        Sample(key, shard, *place, **told(eval_set, shard, key, members[truth][key]), **_meta(shard, key, members))
+        Sample(
+            key,
+            shard,
+            *place,
+            label=_label(eval_set, shard, key, members["cls"].get(key)),
+            meta=_meta(shard, key, members["npy"].get(key)),
+        )
         for key, place in images.items()
     ]
+
+
+def _require(shard: Path, images: Collection[str], truths: Collection[str], member: str, kind: str) -> None:
+    """Every image has its truth, and the other way round."""
+    if odd := set(images) ^ set(truths):
+        lacks = f".{' or .'.join(IMAGE_EXTENSIONS)}" if min(odd) in truths else member
+        raise ConfigError(f"{shard}: sample '{min(odd)}' has no member {lacks}, which {kind} needs")
 
 
 def _scan(shard: Path, extensions: set[str]) -> tuple[dict[str, tuple[int, int]], dict[str, dict[str, bytes]]]:
@@ -119,26 +136,28 @@ def _scan(shard: Path, extensions: set[str]) -> tuple[dict[str, tuple[int, int]]
     return images, members
 
 
-def _meta(shard: Path, key: str, members: dict[str, dict[str, bytes]]) -> dict:
-    if key not in members.get("npy", {}):
-        return {}
+def _meta(shard: Path, key: str, content: bytes | None) -> tuple[int, ...]:
+    if content is None:
+        return ()
     try:
-        columns = np.load(io.BytesIO(members["npy"][key]), allow_pickle=False)
+        columns = np.load(io.BytesIO(content), allow_pickle=False)
     except ValueError as error:
         raise ConfigError(f"{shard}: {key}.npy: expected whole numbers in numpy's format: {error}") from None
-    return {"meta": tuple(int(value) for value in columns.reshape(-1))}
+    return tuple(int(value) for value in columns.reshape(-1))
 
 
-def _label(eval_set: TarSet, shard: Path, key: str, text: bytes) -> dict:
+def _label(eval_set: TarSet, shard: Path, key: str, text: bytes | None) -> int | None:
+    if text is None:
+        return None
     last = len(eval_set.class_names) - 1
     if not text.strip().isdigit():
         raise ConfigError(f"{shard}: {key}.cls: expected a class index, got {text[:40]!r}")
     if int(text) > last:
         raise ConfigError(f"{shard}: {key}.cls is class {int(text)}, {eval_set.path}/classnames.txt names 0..{last}")
-    return {"label": int(text)}
+    return int(text)
 
 
-def _captions(eval_set: TarSet, shard: Path, key: str, text: bytes) -> dict:
+def _captions(eval_set: TarSet, shard: Path, key: str, text: bytes) -> tuple[str, ...]:
     try:
         whole = text.decode().strip()
     except UnicodeDecodeError:
@@ -147,4 +166,4 @@ def _captions(eval_set: TarSet, shard: Path, key: str, text: bytes) -> dict:
     captions = tuple(line.strip() for line in lines if line.strip())
     if not captions:
         raise ConfigError(f"{shard}: {key}.txt holds no caption")
-    return {"captions": captions}
+    return captions

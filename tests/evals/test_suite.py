@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import shutil
 
+import numpy as np
 import pytest
 import torch
 
@@ -125,6 +127,22 @@ def test_a_damaged_set_does_not_stop_the_others(tmp_path, release, sets, write_b
         run(EvalConfig(model=str(release), data=str(sets), num_workers=0, output=str(output)))
     assert len(str(error.value).splitlines()) == 1
     assert [row["key"] for row in rows_of(output)] == ["pairs", "things"]
+
+
+def test_truth_in_metadata_alone(tmp_path, release, sets, write_benchmark, labelled):
+    """DataComp's FairFace has no .cls, and needs none; a set that is asked for its classes does."""
+    samples = labelled([0, 1])
+    for members in samples.values():
+        file = io.BytesIO()
+        np.save(file, np.zeros(4, dtype=np.int64))
+        members["npy"] = file.getvalue()
+        del members["cls"]
+    folder = write_benchmark(sets / "wds_fairface_test", samples, num_classes=2)
+    [job] = make_plan(MeasureConfig(data=str(folder))).jobs
+    assert [(sample.label, sample.meta) for sample in job.test.samples()] == [(None, (0, 0, 0, 0))] * 2
+    folder.rename(sets / "anything")
+    with pytest.raises(ConfigError, match="s0000.cls, the class index, is missing"):
+        run(EvalConfig(model=str(release), data=str(sets / "anything"), output=str(tmp_path / "rows"), num_workers=0))
 
 
 def test_everything_that_may_be_asked_of_a_set(tmp_path, release, sets, write_benchmark, labelled):
