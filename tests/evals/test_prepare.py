@@ -75,6 +75,7 @@ def test_retrieval(flickr, tmp_path, picture):
     assert (tmp_path / "set" / "test" / "nshards.txt").read_text() == "2\n"
     assert sorted(path.name for path in (tmp_path / "set" / "test").iterdir()) == ["0.tar", "1.tar", "nshards.txt"]
     assert (tmp_path / "set" / "dataset_type.txt").read_text() == "retrieval\n"
+    assert sorted(path.name for path in (tmp_path / "set").iterdir()) == ["dataset_type.txt", "test"]
 
 
 def test_webdataset_reads_it_too(flickr, animals, tmp_path, picture):
