@@ -50,13 +50,14 @@ def run(config: EvalConfig) -> int:
 
 def _evaluate_model(config: EvalConfig, plan: Plan) -> Iterator[Row]:
     """The rows of one model, said as they come, and a table at the end."""
-    encoder = load_encoder(
-        config.model,
-        image_from=config.image_from,
-        text_from=config.text_from,
-        ensemble=config.ensemble,
-        precision=config.precision,
-    )
+    with distributed.failing_together():  # a watched run may drop a checkpoint while some ranks still read it
+        encoder = load_encoder(
+            config.model,
+            image_from=config.image_from,
+            text_from=config.text_from,
+            ensemble=config.ensemble,
+            precision=config.precision,
+        )
     teacher = load_teacher(config.teacher, student=encoder, precision=config.precision) if config.teacher else None
     output = Path(config.output) if config.output else encoder.home / RESULTS
     if problem := distributed.from_main(_why_not_writable(output) if distributed.is_main() else None):

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import signal
 import sys
 from pathlib import Path
 
@@ -10,7 +13,7 @@ import pytest
 import torch
 from conftest import run_process
 from distributed.test_eval import write_set
-from distributed.test_faults import state_of
+from distributed.test_faults import Ranks, state_of
 from distributed.test_resume import SHARDED, TWO, command, curve, zero
 
 pytestmark = pytest.mark.distributed
@@ -68,3 +71,26 @@ def test_training_and_rows_are_what_they_would_have_been(launch, tmp_path, train
     rows = rows_of(run / "results.jsonl")
     assert [row["step"] for row in rows] == [2, 2, 4, 4, 6, 6]
     assert rows_of(tmp_path / "rows") == rows[2:]
+
+
+def test_sigterm_to_everyone_during_an_evaluation(tmp_path, train_shards, tiny_teacher, free_port):
+    """Ranks and their loaders' workers get it, as from SLURM: the set under way is finished, all ranks save the step
+    and end with 0; resumed, the run evaluates the rest before it goes on."""
+    sets, run = tmp_path / "sets", tmp_path / "run"
+    for number in range(10):
+        write_set(sets / f"set{number:02d}", [0, 1, 2])
+    evaluation = f"eval={{data: {sets}, every_steps: 5, batch_size: 1, num_workers: 1}}"
+    words = command([sys.executable], tmp_path, train_shards, tiny_teacher, "run", STEPS, SAVES, evaluation)
+    said = tmp_path / "said"
+    with Ranks(words, said, count=2, port=free_port, start_new_session=True) as ranks:
+        ranks.wait_until(lambda: (run / "results.jsonl").exists() and (run / "results.jsonl").stat().st_size > 0)
+        for process in ranks.processes:
+            os.killpg(process.pid, signal.SIGTERM)
+        assert ranks.wait() == [0, 0], ranks.said()
+        assert re.search(r"stopped by .* after step 5; resume=auto goes on", ranks.said()[0])
+    assert {row["step"] for row in rows_of(run / "results.jsonl")} == {5}
+    assert 0 < len(rows_of(run / "results.jsonl")) < 10
+    with Ranks([*words, "resume=auto"], said, count=2, port=free_port, env=zero(2)) as ranks:
+        assert ranks.wait() == [0, 0], ranks.said()
+    keys = [(row["step"], row["key"]) for row in rows_of(run / "results.jsonl")]
+    assert keys == [(step, f"set{number:02d}") for step in (5, 6) for number in range(10)]

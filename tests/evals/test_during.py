@@ -91,13 +91,16 @@ def test_training_is_what_it_would_have_been(train):
 
 @pytest.mark.parametrize("ema", [None, 0.5])
 def test_rows_are_those_of_eval_on_the_checkpoint(train, sets, ema):
-    """Of the moving average, where there is one; also in metrics.jsonl and in the table."""
+    """Of the moving average, where there is one; also in metrics.jsonl and in the table. A watcher that is started
+    again does nothing twice."""
     folder = train("run", evaluate={"every_steps": 2}, train={"ema_decay": ema})
     model = shutil.copytree(folder, folder.parent / "copy" / "run")
     (model / RESULTS).unlink()
-    for step in (4, 6):
-        path = str(model / "checkpoints" / f"step_{step:08d}")
-        suite.run(EvalConfig(model=path, data=str(sets), batch_size=4, num_workers=0))
+    watched = EvalConfig(model=str(model), data=str(sets), batch_size=4, num_workers=0, watch=True)
+    assert suite.run(watched) == 0
+    written = (model / RESULTS).read_text()
+    assert suite.run(watched) == 0
+    assert (model / RESULTS).read_text() == written
     assert results(folder)[2:] == results(model)
     logged = [row for row in read_rows(folder / "metrics.jsonl") if "loss" not in row]
     assert [row["step"] for row in logged] == [2, 2, 4, 4, 6, 6]
