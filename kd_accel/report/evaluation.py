@@ -14,7 +14,7 @@ from kd_accel.report.columns import (
     tasks_of,
     teacher_of,
 )
-from kd_accel.report.numbers import best, number, unit, written
+from kd_accel.report.numbers import best, is_share, number, unit, written
 from kd_accel.report.page import Section, breakable, escape, fold, missing, note, swatch, table
 from kd_accel.report.runs import Run
 from kd_accel.report.steps import over_steps, step_curves
@@ -76,7 +76,7 @@ def _head(column: Column) -> str:
 def _task_row(columns: list[Column], task: Task, rows: list[Row | None]) -> str:
     known = [row for row in rows if row is not None]
     metric, values = main_name(known), [main_value(row) if row else None for row in rows]
-    what = ", ".join(filter(None, [kind_of(task), metric + unit(metric, values) if metric else ""]))
+    what = ", ".join(filter(None, [kind_of(task), metric + unit(metric) if metric else ""]))
     name = f"<th scope=row>{breakable(known[0]['dataset'])}<small>{breakable(what)}</small></th>"
     steps = [row["step"] if row else None for row in rows]
     return f"<tr>{name}{_cells(columns, metric, values, steps)}</tr>"
@@ -114,7 +114,7 @@ def _some_teach(columns: list[Column]) -> bool:
 
 def _kept(metric: str, value: float | None, teacher: float | None) -> str:
     """Like -11.7, 63 %: the difference in points and the share of the teacher's number; empty where one is missing."""
-    if value is None or not teacher or not unit(metric, [value, teacher]):
+    if value is None or not teacher or not is_share(metric):
         return ""
     return f"{100 * (value - teacher):+.1f}, {value / teacher:.0%}".replace("-", "\N{MINUS SIGN}").replace("%", " %")
 
@@ -136,7 +136,7 @@ def _metric_rows(columns: list[Column], task: Task, rows: list[Row | None]) -> s
     for metric in dict.fromkeys(name for row in known for name in row["metrics"] if name != "main_metric"):
         values = [number(row["metrics"].get(metric)) if row else None for row in rows]
         if any(value is not None for value in values):  # acc5 of a four-class task is null
-            lines.append(f"<td>{breakable(metric + unit(metric, values))}</td>{_plain_cells(columns, metric, values)}")
+            lines.append(f"<td>{breakable(metric + unit(metric))}</td>{_plain_cells(columns, metric, values)}")
     start = (
         f"<th scope=rowgroup rowspan={len(lines)}>{breakable(known[0]['dataset'])}"
         f"<small>{escape(kind_of(task))}</small></th><td class=number rowspan={len(lines)}>{_images(known)}</td>"

@@ -2,30 +2,39 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
-# Metrics that are no shares, by the end of their name: 1, higher is better; -1, lower is better; 0, neither.
+from kd_accel.evals.coco_keys import PERCENT
+
+# Metrics that are no shares of 0..1, and whether higher is better (1), lower is (-1), or neither (0).
 PLAIN = {
-    "mean_rank": -1,
-    "modality_gap": -1,
-    "self_similarity": 0,
-    "feature_std": 0,
-    "similarity": 1,
-    "cosine": 1,
-    "cka": 1,
-    "rand_index": 1,
-    "mutual_info": 1,
+    r".*_mean_rank": -1,
+    r"modality_gap": -1,
+    r"positive_pair_similarity": 1,
+    r".*_self_similarity|.*_feature_std": 0,
+    r"adjusted_.*": 1,  # Rand index and mutual information may be negative
+    r"teacher_.*(cosine|cka)": 1,
+    r"c|count_.*": 0,  # of a linear probe; images of a group
 }
+NEITHER = r"toxicity_.*"  # shares of which no one says what is best
 
 
 def direction(metric: str) -> int:
     """1 where higher is better, -1 where lower is, 0 where neither is."""
-    return next((better for ending, better in PLAIN.items() if metric.endswith(ending)), 1)
+    if re.fullmatch(NEITHER, metric):
+        return 0
+    return next((better for pattern, better in PLAIN.items() if re.fullmatch(pattern, metric)), 1)
 
 
-def is_share(metric: str, value: float) -> bool:
-    """Whether it lies between 0 and 1 by its meaning, and is shown in percent."""
-    return not metric.endswith(tuple(PLAIN)) and 0 <= value <= 1
+def is_share(metric: str) -> bool:
+    """Whether it lies between 0 and 1 by its meaning, and is written in percent."""
+    return metric not in PERCENT and not re.fullmatch("|".join(PLAIN), metric)
+
+
+def unit(metric: str) -> str:
+    """What stands behind the metric's name: a percent sign, or nothing."""
+    return " %" if is_share(metric) or metric in PERCENT else ""
 
 
 def best(metric: str, values: list[float | None]) -> float | None:
@@ -39,12 +48,9 @@ def written(metric: str, value: float | None) -> str:
     """A share of 0.153 as 15.3, another number as it is, None as a dash."""
     if value is None:
         return "\N{EN DASH}"
-    return f"{100 * value:.1f}" if is_share(metric, value) else f"{value:,.4g}"
-
-
-def unit(metric: str, values: list[float | None]) -> str:
-    """What stands beside the metric's name: "%" for shares."""
-    return " %" if all(is_share(metric, value) for value in values if value is not None) else ""
+    if unit(metric):
+        return f"{100 * value if is_share(metric) else value:.1f}"
+    return f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}"
 
 
 def number(value: Any) -> float | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from kd_accel.report.columns import Column, columns_of, mean_of_common, teacher_of
-from kd_accel.report.numbers import number, unit, written
+from kd_accel.report.numbers import number, written
 from kd_accel.report.page import escape, swatch
 from kd_accel.report.runs import Run, teachers_among
 
@@ -96,4 +96,4 @@ def _score(column: Column, columns: list[Column], means: list[float], num_tasks:
     kept = f", {mean / above:.0%} of its teacher's".replace("%", " %") if above > 0 else ""
     model = "" if column.label == column.run.name else f" ({escape(column.label)})"
     what = f"mean of {num_tasks} tasks" if num_tasks > 1 else "in one task"
-    return f"<p class=score><b>{written('mean', mean)}{unit('mean', [mean])}</b> {what}{kept}{model}</p>"
+    return f"<p class=score><b>{written('mean', mean)} %</b> {what}{kept}{model}</p>"

@@ -6,9 +6,14 @@ import json
 import re
 
 import pytest
+import torch
+import torch.nn.functional as F
 from report_run import Page, make_run, report, result
 
-from kd_accel.report.numbers import best, direction, unit, written
+from kd_accel.evals.coco_keys import PERCENT, coco_keys
+from kd_accel.evals.retrieval import recall
+from kd_accel.evals.statistics import feature_statistics
+from kd_accel.report.numbers import best, is_share, written
 
 pytest.importorskip("matplotlib", reason="the report needs the extra 'report'")
 MINUS = "\N{MINUS SIGN}"
@@ -167,22 +172,45 @@ def test_many_tasks_of_ten_runs_stay_readable(tmp_path):
         ("acc1", 0.1534, "15.3"),
         ("acc1", 1.0, "100.0"),
         ("acc1", None, DASH),
-        ("acc1", 37.5, "37.5"),  # a percentage of another system
+        ("r_mean", 0.75, "0.8"),  # ALBEF's are percent
+        ("r_mean", 100.0, "100.0"),
         ("image_mean_rank", 1.0, "1"),
         ("image_mean_rank", 1234.56, "1,235"),
         ("modality_gap", 0.8123456, "0.8123"),
+        ("count_region:3", 1, "1"),
+        ("c", 0.5, "0.5"),
+        ("adjusted_rand_index", -0.01, "-0.01"),
     ],
 )
 def test_numbers_are_written_by_their_kind(metric, value, expected):
     assert written(metric, value) == expected
 
 
-def test_what_is_best():
-    assert best("acc1", [0.2, None, 0.7]) == 0.7
-    assert best("text_mean_rank", [3.0, 2.0]) == 2.0
-    assert best("modality_gap", [0.9, 0.8]) == 0.8
-    assert best("image_avg_self_similarity", [0.9, 0.8]) is None
-    assert best("acc1", [0.2, None]) is None
-    assert direction("teacher_cka") == 1
-    assert unit("acc1", [0.5, None]) == " %"
-    assert unit("acc1", [50.0]) == ""
+@pytest.mark.parametrize(
+    ("metric", "values", "expected"),
+    [
+        ("acc1", [0.2, None, 0.7], 0.7),
+        ("acc1", [0.2, None], None),
+        ("text_mean_rank", [3.0, 2.0], 2.0),
+        ("modality_gap", [0.9, 0.8], 0.8),
+        ("image_avg_self_similarity", [0.9, 0.8], None),
+        ("positive_pair_similarity", [0.9, 0.8], 0.9),
+        ("toxicity_crime_avg", [0.9, 0.8], None),
+        ("c", [1.0, 2.0], None),
+        ("teacher_text_cka", [0.9, 0.8], 0.9),
+    ],
+)
+def test_what_is_best(metric, values, expected):
+    assert best(metric, values) == expected
+
+
+def test_no_metric_of_an_evaluation_is_taken_for_a_share_that_is_none():
+    """Names as the measures give them, of random features: whatever may leave 0..1 is written as it is."""
+    images, texts = F.normalize(torch.randn(40, 8), dim=1), F.normalize(torch.randn(80, 8), dim=1)
+    owner = torch.arange(80) // 2
+    metrics = recall(images, texts, owner)
+    metrics |= coco_keys(metrics, images, texts, owner) | feature_statistics(images, texts, owner)
+    shares = {name: value for name, value in metrics.items() if is_share(name)}
+    assert {"image_retrieval_recall@1", "mean_recall@1", "val/inbatch_top50"} <= set(shares)
+    assert [name for name in metrics if "rank" in name or "gap" in name or name in PERCENT if name in shares] == []
+    assert {name: value for name, value in shares.items() if not 0 <= value <= 1} == {}
