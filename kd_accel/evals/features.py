@@ -93,6 +93,8 @@ def _image_features(
     mine = torch.cat(parts)
     # from here on every rank takes part in every step, also one without a single row
     told = distributed.gather_objects((bad, int((~mine.isfinite()).any(1).sum())))
+    if any(distributed.any_rank([not eval_set.path.exists()])):  # its last images would be missing in the numbers
+        raise SetError(f"{eval_set.path}: went away while it was evaluated")
     _report_bad(eval_set, [line for theirs, _ in told for line in theirs], len(samples))
     _require_finite(encoder, sum(count for _, count in told), f"{len(samples)} image features of {eval_set.name}")
     all_rows = distributed.gather_uneven_rows(torch.tensor(rows, dtype=torch.int64, device=encoder.device))
