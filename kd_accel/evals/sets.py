@@ -16,7 +16,7 @@ IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 
 
 class SetError(ConfigError):
-    """A set that cannot be evaluated, whatever the model: the other sets can."""
+    """A set that cannot be evaluated, or not with this model: the other sets can."""
 
 
 @dataclass(frozen=True)
