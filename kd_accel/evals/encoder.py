@@ -233,7 +233,10 @@ def _released(path: Path, precision: str) -> Encoder:
 def _taught(config: TeacherConfig, key: str, precision: str) -> Encoder:
     """A teacher as training builds it."""
     if config.path is not None:
-        return _released(Path(config.path), precision)
+        try:
+            return _released(Path(config.path), precision)
+        except ConfigError as error:
+            raise ConfigError(f"{key}: its config.yaml names a teacher that is not to be had: {error}") from None
     if config.arch is None:
         raise ConfigError(
             f"{key}: of its teacher the run has only the features in {config.store}: name the model itself"
