@@ -25,15 +25,20 @@ class Section:
 
 def page(title: str, head: str, runs: list[Run], sections: list[Section]) -> str:
     """One HTML document without script, link or anything else that is fetched."""
-    legend = "".join(f"<li>{swatch(run.number)}{breakable(run.name)}</li>" for run in runs)
     body = "\n".join(f"<section><h2>{part.title}</h2>{part.content}</section>" for part in sections)
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{escape(title)}</title><style>{STYLE}</style></head>\n"
         f"<body><header><h1>{escape(title)}</h1>{head}</header>\n"
-        f'<ul class=legend aria-label="Colours of the runs">{legend}</ul>\n<main>{body}</main>\n</body></html>\n'
+        f"{_legend(runs) if len(runs) > 1 else ''}\n<main>{body}</main>\n</body></html>\n"
     )
+
+
+def _legend(runs: list[Run]) -> str:
+    """It stays in sight, above the curves."""
+    lines = "".join(f"<li>{swatch(run.number)}{breakable(run.name)}</li>" for run in runs)
+    return f'<ul class=legend aria-label="Colours of the runs">{lines}</ul>'
 
 
 def breakable(name: str) -> str:

@@ -3,7 +3,7 @@
 STYLE = """
 :root { color-scheme: light dark; --text: #1b1f24; --quiet: #57606a; --line: #d5dae0; --page: #fff; --panel: #f6f7f9;
   --right: #1a7f4b; --wrong: #c2410c }
-@media (prefers-color-scheme: dark) {
+@media screen and (prefers-color-scheme: dark) {
   :root { --text: #e4e7eb; --quiet: #a3acb8; --line: #3a414a; --page: #15181c; --panel: #1e2227;
     --right: #4ac18a; --wrong: #f0883e }
 }
@@ -73,6 +73,8 @@ img { display: block; width: 100%; height: auto; border-radius: 4px }
   th, td { padding: .3rem .5rem }
 }
 @media print {
+  :root { color-scheme: light }
+  body { max-width: none; padding: 0 }
   .legend { position: static; max-height: none }
   .scroll, pre { overflow: visible }
   figure, article, tr { break-inside: avoid }

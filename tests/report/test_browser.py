@@ -127,6 +127,15 @@ def test_light_and_dark_follow_the_system(browser, report):
     assert dark_ground < dark_ink
 
 
+def test_paper_is_white(browser, report):
+    """Whatever the screen is."""
+    page = browser.new_page(color_scheme="dark")
+    page.goto(report.as_uri())
+    page.emulate_media(media="print", color_scheme="dark")
+    assert page.evaluate("() => getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    page.close()
+
+
 @pytest.mark.parametrize(
     ("body", "check"),
     [

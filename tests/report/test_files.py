@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import re
+from pathlib import Path
 
 import pytest
 from report_run import make_run, report, result, write_rows
@@ -51,3 +53,18 @@ def test_every_curve_is_a_file_of_its_own(tmp_path):
     assert files == sorted(
         ["loss_clip.png", "Loss_clip_2.png", "loss_clip_3.png", "up.png", "panel.png", f"{'e' * 80}.png"]
     )
+
+
+def test_pandas_reads_it_as_the_document_says(tmp_path):
+    """The lines of docs/report.md, run on the numbers of two runs."""
+    pandas = pytest.importorskip("pandas")
+    runs = [make_run(tmp_path / name, results=[result(2, 0.5)], steps=(1, 2)) for name in ("a", "b")]
+    report(tmp_path, *runs)
+    text = (Path(__file__).resolve().parents[2] / "docs" / "report.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"^```python\nimport pandas\n(.*?)^```$", text, flags=re.M | re.S)
+    reading, *tables = [line for line in block.splitlines() if line]
+    assert reading == 'numbers = pandas.read_csv("metrics.csv")'
+    numbers = pandas.read_csv(tmp_path / "metrics.csv")
+    training, evaluation = (eval(line, {"numbers": numbers}) for line in tables)
+    assert training["loss", "b"].tolist() == [3.0, 1.5]
+    assert evaluation.loc[("digits", "zero_shot"), ("a", 2)] == 0.5
