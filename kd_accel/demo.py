@@ -11,7 +11,6 @@ held-out images, one for each combination of digit, ink and paper; top-1 on all 
 from __future__ import annotations
 
 import io
-import json
 import os
 import shutil
 import statistics
@@ -34,6 +33,7 @@ from kd_accel.eval_config import EvalConfig
 from kd_accel.evals import suite
 from kd_accel.metrics import read_rows
 from kd_accel.models.release import resolve_release
+from kd_accel.report.runs import count_parameters
 from kd_accel.report.verb import write_report
 from kd_accel.schema import ConfigError
 
@@ -268,13 +268,6 @@ def _row(name: str, runs: list[Path]) -> Row:
 def _speed(run: Path) -> float:
     """Median over the logged rows: the first one contains the start-up."""
     return statistics.median(row["samples_per_second"] for row in read_rows(run / "metrics.jsonl"))
-
-
-def count_parameters(release: Path) -> int:
-    """Numbers in the release's weights, read from the header of the file alone."""
-    with (release / "open_clip_model.safetensors").open("rb") as file:
-        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-    return sum(int(np.prod(tensor["shape"])) for name, tensor in header.items() if name != "__metadata__")
 
 
 def table(rows: list[Row]) -> str:

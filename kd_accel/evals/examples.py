@@ -62,8 +62,9 @@ def write_examples(
 ) -> None:
     """Write `count` queries each way, evenly spaced over the set, to folder/examples/NAME.json; the main rank does.
 
-    features.images [n, d] and texts [m, d] are raw; caption j, `captions[j]`, describes image owner[j] of the n that
-    were readable. The file of a newer step stays. It grows by about 50 kB with every query, 7 thumbnails or fewer.
+    features.images [n, d] and texts [m, d], rows of any length; caption j, `captions[j]`, describes image owner[j] of
+    the n that were readable. The file of a newer step stays. It grows by about 50 kB with every query, 7 thumbnails or
+    fewer.
     """
     path = folder / "examples" / (re.sub(r"[^\w.-]+", "-", eval_set.name) + ".json")
     if not is_main() or not count or _is_newer(path, step):
