@@ -121,7 +121,9 @@ class Page(HTMLParser):
     def main_table(self) -> list[list[str]]:
         """The first table of the evaluation: the text of every cell, row by row."""
         table = re.search(r"<table>.*?</table>", self.section("Evaluation"), flags=re.DOTALL).group()
-        rows = re.findall(r"<tr>(.*?)</tr>", table.replace("<wbr>", ""), flags=re.DOTALL)
+        rows = re.findall(
+            r"<tr>(.*?)</tr>", table.replace("<wbr>", "").replace("\N{NO-BREAK SPACE}", " "), flags=re.DOTALL
+        )
         return [
             [re.sub(r"<[^>]*>", " ", cell).strip() for cell in re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row)]
             for row in rows

@@ -34,7 +34,7 @@ def is_share(metric: str) -> bool:
 
 def unit(metric: str) -> str:
     """What stands behind the metric's name: a percent sign, or nothing."""
-    return " %" if is_share(metric) or metric in PERCENT else ""
+    return "\N{NO-BREAK SPACE}%" if is_share(metric) or metric in PERCENT else ""
 
 
 def best(metric: str, values: list[float | None]) -> float | None:

@@ -43,7 +43,7 @@ thead th.number .swatch { margin-left: auto }
 td.number, td.best { white-space: nowrap }
 td.best { font-weight: 700 }
 th small, td small { display: block }
-th[scope=row] { min-width: 8rem; max-width: 22rem; position: sticky; left: 0; background: var(--page) }
+th[scope=row] { min-width: 11rem; max-width: 22rem; position: sticky; left: 0; background: var(--page) }
 .averages th[scope=row], .averages td { background: var(--panel) }
 code, pre { font: 13px/1.45 ui-monospace, "DejaVu Sans Mono", monospace }
 pre { overflow-x: auto; padding: .75rem; background: var(--panel); border-radius: 8px }
@@ -70,6 +70,7 @@ img { display: block; width: 100%; height: auto; border-radius: 4px }
   .found > img { width: 160px }
   .answers { grid-template-columns: repeat(5, minmax(0, 1fr)); gap: .3rem }
   table { font-size: .9rem }
+  th[scope=row] { min-width: 8rem }
   th, td { padding: .3rem .5rem }
 }
 @media print {

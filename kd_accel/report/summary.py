@@ -32,13 +32,17 @@ def _origin(run: Run, runs: list[Run]) -> str:
     found = teachers_among(run, runs)
     sources = [found[name].name if name in found else _source(section) for name, section in run.teachers.items()]
     pupils = [other.name for other in runs if run in teachers_among(other, runs).values()]
-    parts = [f"teacher of {' and '.join(pupils)}"] if pupils else []
-    parts += [f"student of {' and '.join(sources)}"] if sources else []
+    parts = [f"teacher of {_list(pupils)}"] if pupils else []
+    parts += [f"student of {_list(sources)}"] if sources else []
     parts = parts or ["trained without a teacher"]
     parts += [f"{run.parameters / 1e6:,.1f} M parameters"] if run.parameters else []
     sentence = ", ".join(parts)
     losses = ", ".join(map(_loss, run.settings.get("objective", {}).get("terms", {}).values()))
     return f"{sentence[0].upper()}{sentence[1:]}." + (f" Loss: {losses}." if losses else "")
+
+
+def _list(names: list[str]) -> str:
+    return " and ".join(names) if len(names) <= 3 else f"{len(names)} others"
 
 
 def _source(section: dict[str, Any]) -> str:

@@ -33,6 +33,13 @@ def test_a_student_its_teacher_and_its_baseline(tmp_path):
     assert "37.5 %  mean of 2 tasks, 62 % of its teacher's" in card(page, "kd")  # (25 + 50) / (50 + 70)
 
 
+def test_many_students_are_counted(tmp_path):
+    teacher = make_run(tmp_path / "big")
+    students = [make_run(tmp_path / f"s{i}", teacher=teacher) for i in range(4)]
+    assert "Teacher of s0 and s1 and s2" in card(report(tmp_path, teacher, *students[:3]), "big")
+    assert "Teacher of 4 others" in card(report(tmp_path, teacher, *students), "big")
+
+
 def test_losses_are_named_with_their_weights(tmp_path):
     terms = {"a": {"kind": "clip", "weight": 1.0}, "b": {"kind": "feature_mse", "weight": 2000.0}}
     terms["c"] = {"kind": "logit_kl", "weight": {"kind": "linear"}}
