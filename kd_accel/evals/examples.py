@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from kd_accel.distributed import is_main
+from kd_accel.evals.retrieval import UNIT, fixed_point
 from kd_accel.metrics import replace_text
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 ANSWERS = 5  # of each query
 SIDE = 160  # pixels of a thumbnail's longer side
 QUALITY = 80  # of its JPEG: about 6 kB for a photo
+CHUNK_ROWS = 16384  # candidates in float64 at a time
 CAPTION = 300  # characters of a caption that are kept
 
 
@@ -41,8 +42,8 @@ CAPTION = 300  # characters of a caption that are kept
 class Gallery:
     """A whole set as the models see it."""
 
-    images: Tensor  # [n, d] unit rows
-    texts: Tensor  # [m, d] unit rows
+    images: Tensor  # [n, d] unit rows in fixed point, whose scores are those of the metrics to the last bit
+    texts: Tensor  # [m, d] likewise
     owner: list[int]  # [m]: the image that a caption describes
     captions: list[str]  # [m]
     keys: list[str]  # [n]: the images' rows in the set
@@ -69,12 +70,15 @@ def write_examples(
     path = folder / "examples" / (re.sub(r"[^\w.-]+", "-", eval_set.name) + ".json")
     if not is_main() or not count or _is_newer(path, step):
         return
-    images = F.normalize(features.images, dim=-1)
-    unit_texts = F.normalize(texts.to(images.device), dim=-1)
-    keys = [str(row) for row in features.rows.tolist()]
-    gallery = Gallery(images, unit_texts, owner.tolist(), [caption[:CAPTION] for caption in captions], keys)
-    by_text = [_images_for(text, gallery) for text in _spaced(len(texts), count)]
-    by_image = [_texts_for(image, gallery) for image in _spaced(len(images), count)]
+    gallery = Gallery(
+        images=fixed_point(features.images),
+        texts=fixed_point(texts.to(features.images.device)),
+        owner=owner.tolist(),
+        captions=[caption[:CAPTION] for caption in captions],
+        keys=[str(row) for row in features.rows.tolist()],
+    )
+    by_text = [_images_for(text, gallery) for text in _spaced(len(gallery.texts), count)]
+    by_image = [_texts_for(image, gallery) for image in _spaced(len(gallery.images), count)]
     pictures = {key: _picture(eval_set, samples[int(key)]) for key in _pictured(by_text, by_image)}
     found = {"pictures": pictures, "image_retrieval": by_text, "text_retrieval": by_image}
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -117,8 +121,8 @@ def _texts_for(image: int, gallery: Gallery) -> dict[str, Any]:
 
 
 def _ranked(query: Tensor, candidates: Tensor) -> tuple[list[float], list[int]]:
-    """The score of every candidate [m, d], and their order; of equal ones the first comes first."""
-    scores = candidates @ query
+    """The cosine of every candidate [m, d], and their order; of equal ones the first comes first."""
+    scores = torch.cat([part.double() @ query.double() for part in candidates.split(CHUNK_ROWS)]) / UNIT**2
     return [round(score, 4) for score in scores.tolist()], scores.sort(descending=True, stable=True).indices.tolist()
 
 

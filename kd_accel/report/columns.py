@@ -97,9 +97,10 @@ def main_value(row: Row) -> float | None:
 
 
 def main_name(rows: list[Row]) -> str:
-    """Which of the metrics is the main one of a task: the first that has its value in all rows."""
-    names = [name for name in rows[0]["metrics"] if name != "main_metric" and main_value(rows[0]) is not None]
-    return next((name for name in names if all(row["metrics"].get(name) == main_value(row) for row in rows)), "")
+    """Which of the metrics is the main one of a task: the first that has its value in all rows; "" without a value."""
+    scored = [row for row in rows if main_value(row) is not None]
+    names = [name for row in scored[:1] for name in row["metrics"] if name != "main_metric"]
+    return next((name for name in names if all(row["metrics"].get(name) == main_value(row) for row in scored)), "")
 
 
 def mean_of_common(columns: list[Column]) -> tuple[list[Task], list[float]]:

@@ -12,8 +12,11 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from kd_accel.eval_config import MeasureConfig
+from kd_accel.evals.evaluate import evaluate
 from kd_accel.evals.examples import ANSWERS, SIDE, write_examples
 from kd_accel.evals.features import SetFeatures
+from kd_accel.evals.plan import make_plan
 from kd_accel.evals.sets import EvalSet, Sample
 
 SIZES = ((400, 100), (20, 30), (160, 160), (100, 320), (64, 64), (64, 48), (32, 32))  # pixels; picture 3 is unreadable
@@ -79,6 +82,21 @@ def test_the_answers_are_the_best_ones(case):
         assert example["place"] == right.index(True) + 1
         assert [answer["caption"] for answer in example["answers"]] == [captions[text] for text in order[:ANSWERS]]
         assert [answer["right"] for answer in example["answers"]] == right[:ANSWERS]
+
+
+def test_they_agree_with_the_metrics(tmp_path, encoder, write_benchmark, captioned):
+    """Of a set evaluated by the verb's way, the places of all queries come to the recalls and the mean ranks."""
+    write_benchmark(tmp_path / "pairs", captioned([1, 2, 1, 3, 1, 1]))
+    config = MeasureConfig(data=str(tmp_path / "pairs"), num_workers=0, examples=9)
+    ((row, _),) = evaluate(encoder, make_plan(config).jobs, config, output=tmp_path / "results.jsonl")
+    examples = json.loads((tmp_path / "examples" / "pairs.json").read_text())
+    for way, queries in (("image", 9), ("text", 6)):
+        places = [example["place"] for example in examples[f"{way}_retrieval"]]
+        assert len(places) == queries
+        assert row["metrics"][f"{way}_mean_rank"] == pytest.approx(sum(places) / queries, rel=1e-12)
+        for k in (1, 5):
+            recall = sum(place <= k for place in places) / queries
+            assert row["metrics"][f"{way}_retrieval_recall@{k}"] == pytest.approx(recall, rel=1e-12)
 
 
 def test_queries_are_spread_over_the_set(case):
