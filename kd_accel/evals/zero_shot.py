@@ -1,18 +1,23 @@
 """Zero-shot classification as in CLIP (arXiv:2103.00020, section 3.1) and DataComp: prompts are the classifier.
 
-n images, C classes, P prompt templates, d embedding width.
+n images, C classes, P prompt templates, d embedding width. Neither all n x C logits nor, where they are many, the
+features of all C x P prompts exist at a time.
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
+from tqdm import tqdm
 
+from kd_accel import distributed
 from kd_accel.evals.classification import best_classes
 from kd_accel.evals.encoder import Encoder
 from kd_accel.evals.ensemble import Ensemble
 from kd_accel.evals.features import in_chunks, text_features
 
-CHUNK_ROWS = 1024  # images whose logits exist at a time
+PROMPTS = 16_384  # of so many, about, features exist at a time
+ROWS, LOGITS = 1024, 2**22  # images and logits at a time, at most
 
 
 def classifier(
@@ -20,6 +25,16 @@ def classifier(
 ) -> Tensor:  # [C, d]
     """One unit row per class: the mean of its normalised prompts, normalised again."""
     templates = encoder.templates(class_names, templates)
+    size = max(1, PROMPTS // len(templates))  # classes
+    chunks = [class_names[start : start + size] for start in range(0, len(class_names), size)]
+    # disable=None: a bar on a terminal, nothing in a log file
+    shown = tqdm(chunks, desc="prompts", leave=False, disable=None if distributed.is_main() else True)
+    return torch.cat([_class_rows(encoder, names, templates, batch_size) for names in shown])
+
+
+def _class_rows(
+    encoder: Encoder | Ensemble, class_names: tuple[str, ...], templates: tuple[str, ...], batch_size: int
+) -> Tensor:  # [C, d]
     prompts = [template.replace("{c}", name) for name in class_names for template in templates]
     features = encoder.unit(text_features(encoder, prompts, batch_size=batch_size))  # [C * P, d]
     return encoder.unit(features.unflatten(0, (len(class_names), len(templates))).mean(1))
@@ -31,4 +46,5 @@ def classify(images: Tensor, weights: Tensor) -> Tensor:
     def best(rows: range) -> Tensor:
         return best_classes(100 * images[rows.start : rows.stop] @ weights.T)
 
-    return in_chunks(len(images), best, chunk_rows=CHUNK_ROWS).cpu()
+    chunk_rows = max(1, min(ROWS, LOGITS // len(weights)))
+    return in_chunks(len(images), best, chunk_rows=chunk_rows).cpu()

@@ -7,11 +7,13 @@ import torch
 import torch.nn.functional as F
 
 from kd_accel.eval_config import MeasureConfig
-from kd_accel.evals.classification import accuracy
+from kd_accel.evals import zero_shot
+from kd_accel.evals.classification import accuracy, best_classes
+from kd_accel.evals.features import text_features
 from kd_accel.evals.find import find_sets
 from kd_accel.evals.measure import OnSet, measure
 from kd_accel.evals.plan import Job
-from kd_accel.evals.zero_shot import classifier
+from kd_accel.evals.zero_shot import classifier, classify
 
 
 def test_classifier_is_the_renormalised_mean_of_normalised_prompts(encoder):
@@ -24,6 +26,28 @@ def test_classifier_is_the_renormalised_mean_of_normalised_prompts(encoder):
             raw = encoder.text.model.encode_text(encoder.text.wants.tokenize(prompts))
         mean = sum(vector / vector.norm() for vector in raw)
         torch.testing.assert_close(row, F.normalize(mean, dim=0))
+
+
+@pytest.mark.parametrize(("limit", "prompts", "rows"), [(2, 3, 1), (7, 6, 1), (50, 33, 4)])
+def test_many_classes_are_done_a_few_at_a_time(encoder, monkeypatch, limit, prompts, rows):
+    """Their prompts are never all together, nor are all logits; at least those of a class, and of an image."""
+    names, templates = tuple(f"thing {i}" for i in range(11)), ("a photo of a {c}.", "{c}", "one {c}")
+    images = F.normalize(torch.randn(23, encoder.embed_dim), dim=-1)
+    whole = classifier(encoder, names, templates, batch_size=64)
+    expected = classify(images, whole)
+    encoded, compared = [], []
+    spies = {
+        "text_features": lambda encoder, texts, **load: (
+            encoded.append(len(texts)) or text_features(encoder, texts, **load)
+        ),
+        "best_classes": lambda logits: compared.append(len(logits)) or best_classes(logits),
+    }
+    for name, value in {**spies, "PROMPTS": limit, "LOGITS": limit}.items():
+        monkeypatch.setattr(zero_shot, name, value)
+    torch.testing.assert_close(classifier(encoder, names, templates, batch_size=64), whole)
+    assert classify(images, whole).equal(expected)
+    assert (max(encoded), sum(encoded)) == (prompts, 33)
+    assert (max(compared), sum(compared)) == (rows, 23)
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
