@@ -43,7 +43,7 @@ def _legend(runs: list[Run]) -> str:
 
 def breakable(name: str) -> str:
     """The name of a run, a task or a metric, escaped, that a narrow column may break at its joints."""
-    return re.sub(r"([_/@:])", r"\1<wbr>", escape(name))
+    return re.sub(r"([_/@:.])", r"\1<wbr>", escape(name))
 
 
 def swatch(number: int) -> str:

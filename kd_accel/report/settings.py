@@ -59,8 +59,8 @@ def _settings_table(title: str, runs: list[Run], settings: list[dict[str, Any]],
 def _cells(settings: list[dict[str, Any]], key: str) -> str:
     texts = [_text(values, key) for values in settings]
     if len(texts) > 1 and len(set(texts)) == 1:
-        return f"<td colspan={len(texts)}>{escape(texts[0])}</td>"
-    return "".join(f"<td>{escape(text)}</td>" for text in texts)
+        return f"<td colspan={len(texts)}>{breakable(texts[0])}</td>"
+    return "".join(f"<td>{breakable(text)}</td>" for text in texts)
 
 
 def _keys(settings: list[dict[str, Any]]) -> list[str]:

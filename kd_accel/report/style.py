@@ -35,12 +35,12 @@ svg { display: block; width: 100%; height: auto; max-width: 460px }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 th, td { padding: .35rem .75rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top }
 th { font-weight: 600; overflow-wrap: anywhere }
-td { min-width: 5rem; max-width: 30rem; overflow-wrap: anywhere }
+td { min-width: 7rem; max-width: 30rem; overflow-wrap: anywhere }
 thead th { vertical-align: bottom; min-width: 6rem; max-width: 14rem }
 thead .swatch { display: block; margin: 0 0 .3rem }
 thead th.number .swatch { margin-left: auto }
 .number, .best { text-align: right }
-td.number, td.best { white-space: nowrap }
+td.number, td.best { white-space: nowrap; min-width: 5rem }
 td.best { font-weight: 700 }
 th small, td small { display: block }
 th[scope=row] { min-width: 11rem; max-width: 22rem; position: sticky; left: 0; background: var(--page) }
