@@ -13,7 +13,7 @@ from kd_accel.evals.ensemble import Ensemble
 from kd_accel.evals.examples import write_examples
 from kd_accel.evals.measure import OnSet, measure, measures_of
 from kd_accel.evals.plan import Job
-from kd_accel.evals.results import Row, append_row, finished, read_results, weights_of, write_tables
+from kd_accel.evals.results import Row, append_row, finished, locked, read_results, weights_of, write_tables
 from kd_accel.evals.sets import SetError
 from kd_accel.schema import ConfigError
 
@@ -61,17 +61,18 @@ def _known(output: Path, encoder: Encoder | Ensemble) -> dict[tuple[str, str], R
 def _record(row: Row, on_set: OnSet, output: Path) -> None:
     """The row, the tables made of all rows, and pictures of a retrieval set."""
     append_row(output, row)
-    write_tables(output)
-    write_aggregates(read_results(output), output.parent)
-    if row["task"] == "retrieval":
-        write_examples(
-            output.parent,
-            on_set.job.test,
-            on_set.samples,
-            on_set.features,
-            on_set.texts,
-            on_set.owner,
-            on_set.captions,
-            count=on_set.config.examples,
-            step=row["step"],
-        )
+    with locked(output):
+        write_tables(output)
+        write_aggregates(read_results(output), output.parent)
+        if row["task"] == "retrieval":
+            write_examples(
+                output.parent,
+                on_set.job.test,
+                on_set.samples,
+                on_set.features,
+                on_set.texts,
+                on_set.owner,
+                on_set.captions,
+                count=on_set.config.examples,
+                step=row["step"],
+            )

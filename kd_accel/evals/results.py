@@ -52,9 +52,10 @@ def append_row(path: Path, row: Row) -> None:
 def read_results(path: Path) -> list[Row]:
     """The rows that count, in the order of the file: the newest of each model, step, key and task; [] without a file.
 
-    Raises ConfigError for a line that is not a JSON object; the last one may be cut off, and is left out then.
+    Rows that do not say of which weights they are, as earlier versions wrote them, do not count. Raises ConfigError
+    for a line that is not a JSON object; the last one may be cut off, and is left out then.
     """
-    rows = read_rows(path) if path.exists() else []
+    rows = [row for row in read_rows(path) if "weights" in row] if path.exists() else []
     newest = {(row["model"], row["step"], row["key"], row["task"]): number for number, row in enumerate(rows)}
     return [rows[number] for number in sorted(newest.values())]
 
@@ -80,19 +81,24 @@ def columns(row: Row) -> dict[str, float]:
 
 
 def write_tables(path: Path) -> None:
-    """Make the tables beside the results file `path` anew; each is the old one or the new one at any moment."""
-    with locked(path):  # two evaluations would write the same temporary files
-        rows = read_results(path)
-        replace_text(path.parent / TABLE, _table(rows))
-        for target, text in _datacomp_files(rows, path.parent).items():
-            target.parent.mkdir(parents=True, exist_ok=True)
-            if not target.exists() or target.read_text(encoding="utf-8") != text:
-                replace_text(target, text)
+    """Make the tables beside the results file `path` anew; each is the old one or the new one at any moment.
+
+    To be called inside `locked`: two evaluations would write the same temporary files.
+    """
+    rows = read_results(path)
+    replace_text(path.parent / TABLE, _table(rows))
+    for target, text in _datacomp_files(rows, path.parent).items():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if not target.exists() or target.read_text(encoding="utf-8") != text:
+            replace_text(target, text)
 
 
 @contextmanager
 def locked(path: Path) -> Iterator[int]:
-    """The file `path`, made where there is none, while no other process is in here: a descriptor that appends."""
+    """The file `path`, made where there is none, while no other process is in here: a descriptor that appends.
+
+    Not to be entered twice: the second lock would wait for the first.
+    """
     file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
     try:
         _lock(file)

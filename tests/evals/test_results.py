@@ -43,6 +43,14 @@ def test_the_line_of_a_killed_process_goes_away(results):
     assert [r["key"] for r in read_rows(results)] == ["c"]
 
 
+def test_rows_of_earlier_versions_count_for_nothing(results):
+    """They say neither key nor weights; they stay in the file."""
+    results.write_text('{"model": "run", "step": 10, "task": "zero_shot", "dataset": "a", "metrics": {"acc1": 1}}\n')
+    append_row(results, row("a"))
+    assert read_results(results) == [row("a")]
+    assert len(read_rows(results)) == 2
+
+
 def test_a_row_that_the_disk_does_not_take_leaves_no_trace(results, monkeypatch):
     """Half a line is written, then the disk is full: OSError, and the file is what it was."""
     append_row(results, row("a"))
@@ -61,20 +69,21 @@ def test_metrics_that_are_not_finite_are_null(results):
 
 WRITER = """
 import sys
+import time
 from pathlib import Path
 from evals.test_results import row
-from kd_accel.evals.results import append_row, write_tables
+from kd_accel.evals.evaluate import _record
 results, name = Path(sys.argv[1]), sys.argv[2]
+(results.parent / f"{name}.ready").touch()
+while len(list(results.parent.glob("*.ready"))) < 2:
+    time.sleep(0.001)
 for number in range(40):
-    append_row(results, row(f"{name}{number}") | {"note": "x" * 5000})
-    if number % 10 == 0:
-        write_tables(results)
-write_tables(results)
+    _record(row(f"{name}{number}") | {"note": "x" * 5000}, None, results)
 """
 
 
 def test_two_evaluations_at_once_lose_no_row(results):
-    """Both add rows and make the tables; the last to end finds all rows."""
+    """Both add rows and make tables and averages, as every row does; the last to end finds all rows."""
     env = os.environ | {"PYTHONPATH": f"{REPO}:{REPO / 'tests'}", "OMP_NUM_THREADS": "1"}
     started = [subprocess.Popen([sys.executable, "-c", WRITER, results, name], env=env) for name in "ab"]
     assert [process.wait(60) for process in started] == [0, 0]
