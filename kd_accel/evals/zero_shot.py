@@ -17,7 +17,7 @@ from kd_accel.evals.ensemble import Ensemble
 from kd_accel.evals.features import in_chunks, text_features
 
 PROMPTS = 16_384  # of so many, about, features exist at a time
-ROWS, LOGITS = 1024, 2**22  # images and logits at a time, at most
+ROWS, LOGITS = 1024, 2**24  # images and logits at a time, at most; malloc keeps blocks below 32 MiB, and they pile up
 
 
 def classifier(
