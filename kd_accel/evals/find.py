@@ -66,7 +66,12 @@ def find_sets(folders: str | Path | Sequence[str | Path]) -> list[EvalSet]:
     found = [eval_set for folder in folders for eval_set in _find(Path(folder))]
     names = Counter(eval_set.name for eval_set in found)
     # a/val and b/val must not become one row of a report
-    return [s if names[s.name] == 1 else replace(s, name=f"{s.path.parent.name}/{s.name}") for s in found]
+    found = [s if names[s.name] == 1 else replace(s, name=f"{s.path.parent.name}/{s.name}") for s in found]
+    (name, count), *_ = Counter(eval_set.name for eval_set in found).most_common(1)
+    if count > 1:
+        places = ", ".join(str(s.path) for s in found if s.name == name)
+        raise ConfigError(f"data: {count} sets would be called {name}: {places}; rename a folder, or leave one out")
+    return found
 
 
 def find_task(key: str, roots: Sequence[Path], split: str = "test") -> EvalSet | list[str]:
