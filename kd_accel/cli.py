@@ -68,7 +68,7 @@ VERBS = {
     "report": (
         "kd_accel.config:ReportConfig",
         "kd_accel.report.verb:run",
-        "one HTML page with the curves and results of runs",
+        "one HTML page: curves, results beside the teacher's, retrieved pictures; metrics.csv, PNGs",
     ),
     "demo": (
         "kd_accel.config:DemoConfig",

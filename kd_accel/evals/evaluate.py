@@ -11,6 +11,7 @@ from kd_accel.evals.aggregate import write_aggregates
 from kd_accel.evals.encoder import Encoder
 from kd_accel.evals.ensemble import Ensemble
 from kd_accel.evals.examples import write_examples
+from kd_accel.evals.features import SetFeatures
 from kd_accel.evals.measure import OnSet, measure, measures_of
 from kd_accel.evals.plan import Job
 from kd_accel.evals.results import Row, append_row, finished, locked, read_results, weights_of, write_tables
@@ -33,6 +34,8 @@ def evaluate(
     evaluated are passed over, and raise one ConfigError at the end; whatever else goes wrong raises it at once.
     """
     known = {} if again else _known(output, encoder)
+    if known:  # whoever wrote the last of them may have been killed before the tables
+        distributed.on_main(lambda: _tabulate(output))
     failed = []
     for job in jobs:
         on_set = OnSet(encoder, job, config, teacher=teacher)
@@ -61,18 +64,23 @@ def _known(output: Path, encoder: Encoder | Ensemble) -> dict[tuple[str, str], R
 def _record(row: Row, on_set: OnSet, output: Path) -> None:
     """The row, the tables made of all rows, and pictures of a retrieval set."""
     append_row(output, row)
-    with locked(output):
-        write_tables(output)
-        write_aggregates(read_results(output), output.parent)
-        if row["task"] == "retrieval":
+    _tabulate(output)
+    if row["task"] == "retrieval":
+        with locked(output):
             write_examples(
                 output.parent,
                 on_set.job.test,
                 on_set.samples,
-                on_set.features,
-                on_set.texts,
+                SetFeatures(on_set.features.rows, on_set.unit_images),  # the members of an ensemble count alike
+                on_set.unit_texts,
                 on_set.owner,
                 on_set.captions,
                 count=on_set.config.examples,
                 step=row["step"],
             )
+
+
+def _tabulate(output: Path) -> None:
+    with locked(output):
+        write_tables(output)
+        write_aggregates(read_results(output), output.parent)

@@ -23,7 +23,7 @@ from kd_accel.evals.clusters import cluster_agreement
 from kd_accel.evals.coco_keys import coco_keys
 from kd_accel.evals.encoder import Encoder
 from kd_accel.evals.ensemble import Ensemble
-from kd_accel.evals.feature_cache import FeatureCache
+from kd_accel.evals.feature_cache import FeatureCache, fingerprint
 from kd_accel.evals.features import SetFeatures
 from kd_accel.evals.groups import FACES, face_metrics, group_metrics
 from kd_accel.evals.linear_probe import choose_shots, linear_probe
@@ -53,12 +53,21 @@ class OnSet:
         """A fingerprint of all that decides a row beside the model: another one asks for a new row."""
         test, config = self.job.test, self.config
         if what == PROBE:
-            asked = [config.probe.model_dump()]
+            asked = [config.probe.model_dump(), str(self.job.train.path.resolve())]
         else:
             seen = config.seen_classes and read_names(Path(config.seen_classes), "seen_classes")
             asked = [test.class_names, test.templates, seen, config.statistics, config.clusters]
             asked.append(self.teacher and weights_of(self.teacher.encoder))
+        asked.append(self._content)
         return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
+
+    @cached_property
+    def _content(self) -> str:
+        """A fingerprint of the set as the main rank finds it: another folder of its name, or a repaired file, changes
+        it."""
+        truths = [(sample.label, sample.captions, sample.meta) for sample in self.samples]
+        found = hashlib.sha256(f"{fingerprint(self.job.test, self.samples)} {truths}".encode())
+        return distributed.from_main(found.hexdigest())
 
     @cached_property
     def samples(self) -> list[Sample]:

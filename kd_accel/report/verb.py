@@ -25,12 +25,11 @@ from kd_accel.report.summary import summary
 NAMED = 4  # runs in the title; of more their number
 
 
-def run(config: ReportConfig) -> Path:
+def run(config: ReportConfig) -> None:
     """The verb: write the report of `config.runs` and say where it is."""
     runs = [Path(name) for name in config.runs]
     path = write_report(runs, Path(config.output) if config.output else runs[0] / "report.html")
     print(f"report: {path}")
-    return path
 
 
 def write_report(paths: list[Path], output: Path) -> Path:
