@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import resource
 import subprocess
 import sys
 
@@ -218,17 +217,14 @@ def test_targets_exist(target):
 
 
 @pytest.mark.parametrize("words", [["--help"], ["help", "train"], ["config"]])
-def test_help_and_config_load_no_torch_and_answer_at_once(words, train_yaml):
-    """Less than half a second of processor time, which other work on the machine does not lengthen."""
+def test_help_and_config_load_nothing_heavy(words, train_yaml):
+    """They answer at once, since each of these packages alone takes longer to import than all the rest."""
     words = [*words, train_yaml] if words == ["config"] else words
-    code = f"import sys; from kd_accel.cli import main; assert main({words!r}) == 0; assert 'torch' not in sys.modules"
-    seconds = []
-    for _ in range(2):
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-    assert min(seconds) < 0.5
+    heavy = {"torch", "numpy", "transformers", "open_clip", "accelerate", "deepspeed", "datasets", "sklearn"}
+    code = (
+        f"import sys; from kd_accel.cli import main; assert main({words!r}) == 0; assert not {heavy} & {{*sys.modules}}"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
 def test_python_m_kd_accel_is_the_command():
