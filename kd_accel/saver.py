@@ -23,14 +23,17 @@ class Saver:
     Only `save` and `finish` talk to other ranks; every rank calls them at the same steps.
     """
 
-    def __init__(self, run: Path, config: TrainConfig, *, start_step: int, steps_per_epoch: int, total_steps: int):
+    def __init__(
+        self, run: Path, config: TrainConfig, *, steps_per_epoch: int, total_steps: int, newest_step: int | None = None
+    ):
+        """`newest_step`: of the checkpoint of this run that it goes on from."""
         self._run, self._config, self._total_steps = run, config, total_steps
         every_minutes = config.save.every_minutes
         self._every_steps = config.save.every_steps or (None if every_minutes else steps_per_epoch)
         self._seconds = None if every_minutes is None else 60 * every_minutes
         self._last_time = time.monotonic()
         self._snapshot_step: int | None = None  # of the checkpoint under way
-        self._newest_step: int | None = start_step  # of the last one that was begun and did not fail
+        self._newest_step: int | None = newest_step  # of the last one that was begun and did not fail
         self._thread: threading.Thread | None = None
         self._result: tuple[dict[str, list], str | None] = {}, None  # files written by this rank, what went wrong
         if distributed.is_main():

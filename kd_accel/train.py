@@ -263,7 +263,9 @@ class Trainer:
                 self._make_folder()
             at = {"start_step": self.start_step, "total_steps": self.total_steps}
             self.metrics = MetricsLog(self.folder, self.config, accelerator=self.accelerator, **at)
-        self.saver = Saver(self.folder, self.config, steps_per_epoch=self.loader.steps_per_epoch, **at)
+        own = resume_from is not None and resume_from.parent == self.folder / "checkpoints"
+        steps = {"steps_per_epoch": self.loader.steps_per_epoch, "total_steps": self.total_steps}
+        self.saver = Saver(self.folder, self.config, newest_step=self.start_step if own else None, **steps)
         self.throughput = Throughput()
         if not distributed.is_main():
             return

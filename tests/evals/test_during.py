@@ -203,6 +203,18 @@ def test_a_signal_in_the_middle_of_an_evaluation(train, monkeypatch, at):
     assert logged[0] == logged[1]
 
 
+@pytest.mark.usefixtures("_handlers")
+def test_a_branch_that_is_stopped_at_once_has_a_checkpoint(train, monkeypatch):
+    """In the evaluation of the step that it goes on from: resume=auto would start it anew without one."""
+    trunk = train("trunk")
+    measure = evaluate.measure
+    monkeypatch.setattr(evaluate, "measure", lambda *given: os.kill(os.getpid(), signal.SIGTERM) or measure(*given))
+    start = trunk / "checkpoints" / "step_00000004"
+    branch = train("branch", evaluate={"every_steps": 2}, resume=str(start))
+    assert checkpoint.newest(branch).name == start.name
+    assert [(row["step"], row["key"]) for row in results(branch)] == [(4, "pairs")]
+
+
 def test_a_run_that_goes_on_from_before_an_evaluation_has_its_rows_once(train):
     """Killed after step 5, resumed from step 4: the same weights, so the row stays, and the curve has it again."""
     whole = train("whole", evaluate={"every_steps": 5, "at_end": False})
