@@ -36,7 +36,8 @@ def run(config: EvalConfig) -> int:
     another process is lost.
     """
     distributed.start_process_group(TIMEOUT_S)
-    plan = make_plan(config)
+    with distributed.failing_together():  # folders may look different to the machine of another rank
+        plan = make_plan(config)
 
     def evaluate_model(model: str | Path) -> Iterator[Row]:
         return _evaluate_model(config.model_copy(update={"model": str(model)}), plan)
@@ -61,7 +62,7 @@ def _evaluate_model(config: EvalConfig, plan: Plan) -> Iterator[Row]:
             ensemble=config.ensemble,
             precision=config.precision,
         )
-    teacher = load_teacher(config.teacher, student=encoder, precision=config.precision) if config.teacher else None
+        teacher = load_teacher(config.teacher, student=encoder, precision=config.precision) if config.teacher else None
     output = Path(config.output) if config.output else encoder.home / RESULTS
     if problem := distributed.from_main(_why_not_writable(output) if distributed.is_main() else None):
         raise ConfigError(problem)
