@@ -67,10 +67,9 @@ def find_sets(folders: str | Path | Sequence[str | Path]) -> list[EvalSet]:
     names = Counter(eval_set.name for eval_set in found)
     # a/val and b/val must not become one row of a report
     found = [s if names[s.name] == 1 else replace(s, name=f"{s.path.parent.name}/{s.name}") for s in found]
-    (name, count), *_ = Counter(eval_set.name for eval_set in found).most_common(1)
-    if count > 1:
-        places = ", ".join(str(s.path) for s in found if s.name == name)
-        raise ConfigError(f"data: {count} sets would be called {name}: {places}; rename a folder, or leave one out")
+    if same := [name for name, count in Counter(eval_set.name for eval_set in found).items() if count > 1]:
+        places = " and ".join(str(eval_set.path) for eval_set in found if eval_set.name == same[0])
+        raise ConfigError(f"data: {places} would both be called {same[0]}: rename a folder, or leave one out")
     return found
 
 

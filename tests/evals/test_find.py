@@ -75,6 +75,13 @@ def test_sets_of_one_name_are_told_apart(one_of_each, tmp_path, layout):
     assert [s.name for s in found] == [f"sets/{layout}", f"x/{layout}"]
 
 
+def test_sets_that_cannot_be_told_apart_are_an_error(one_of_each):
+    """They would be one row of a report; the same folder twice, too."""
+    folder = one_of_each / "pairs"
+    with pytest.raises(ConfigError, match=f"{folder} and {folder} would both be called sets/pairs"):
+        find_sets([folder, folder])
+
+
 def test_no_set_says_what_was_looked_for(tmp_path):
     """In one line, also when the folder does not exist."""
     with pytest.raises(ConfigError, match="no such folder"):
