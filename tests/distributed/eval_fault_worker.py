@@ -5,6 +5,7 @@ FAULT=hanging eval_fault_worker.py eval ...  it stops there for good, and the ot
 FAULT=worker eval_fault_worker.py eval ...   a worker of its loader kills itself at its second batch
 FAULT=vanishing eval_fault_worker.py ...     the folder `gone` goes away between two ranks' looks into it, and the
                                              folder `going` while its images are read
+FAULT=blind eval_fault_worker.py eval ...    the last rank sees no folder
 FAULT=between eval_fault_worker.py eval ...  the first rank kills itself when two rows are written
 """
 
@@ -15,9 +16,10 @@ import signal
 from torch.utils.data import get_worker_info
 
 from kd_accel import cli, distributed
-from kd_accel.evals import evaluate, suite
+from kd_accel.evals import evaluate, plan, suite
 from kd_accel.evals.encoder import Encoder
 from kd_accel.evals.features import ImageBatches
+from kd_accel.evals.find import find_sets
 from kd_accel.evals.tars import TarSet
 
 FAULT = os.environ.get("FAULT")
@@ -61,6 +63,10 @@ def vanishing_batch(self, number):
     return read_batch(self, number)
 
 
+def blind_find(folders):
+    return find_sets("/nowhere" if is_last() else folders)
+
+
 def append_and_die(path, row):
     global rows_written
     append_row(path, row)
@@ -78,6 +84,8 @@ if __name__ == "__main__":
         case "vanishing":
             TarSet.samples = vanishing_samples
             ImageBatches.__getitem__ = vanishing_batch
+        case "blind":
+            plan.find_sets = blind_find
         case "between":
             evaluate.append_row = append_and_die
     suite.TIMEOUT_S = 5 if FAULT == "hanging" else suite.TIMEOUT_S

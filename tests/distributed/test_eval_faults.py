@@ -139,6 +139,13 @@ def test_sets_that_vanish_are_a_line_each(start, tmp_path):
     assert [row["key"] for row in rows_of(tmp_path)] == ["there"]
 
 
+def test_a_folder_that_one_rank_does_not_see_is_one_line(start, tmp_path):
+    """A disk that is not mounted on its machine; the other rank does not wait for it."""
+    write_set(tmp_path / "sets" / "a", [i % 6 for i in range(9)])
+    (line,) = the_errors(start(fault="blind"))
+    assert line == "error: data: /nowhere: no such folder"
+
+
 @pytest.mark.parametrize("fault", ["dead", "hanging"])
 def test_a_lost_rank_ends_the_other(start, tmp_path, fault):
     """One line, long before the test's own timeout."""
