@@ -39,6 +39,10 @@ def run(config: EvalConfig) -> int:
     with distributed.failing_together():  # folders may look different to the machine of another rank
         plan = make_plan(config)
 
+    if distributed.is_main():
+        for key, places in plan.skipped.items():
+            print(f"skipped {key}: looked for {', '.join(places)}", flush=True)
+
     def evaluate_model(model: str | Path) -> Iterator[Row]:
         return _evaluate_model(config.model_copy(update={"model": str(model)}), plan)
 
@@ -46,9 +50,8 @@ def run(config: EvalConfig) -> int:
         watch(Path(config.model), evaluate_model, interval_s=config.interval_s, until_step=config.until_step)
     else:
         list(evaluate_model(config.model))
-    if distributed.is_main():
-        for key, places in plan.skipped.items():
-            print(f"skipped {key}: looked for {', '.join(places)}")
+    if plan.skipped and distributed.is_main():
+        print(f"without data, and skipped: {', '.join(plan.skipped)}")
     return SKIPPED if plan.skipped else 0
 
 
