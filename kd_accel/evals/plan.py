@@ -45,8 +45,9 @@ def make_plan(config: MeasureConfig) -> Plan:
     """Raises ConfigError for unknown tasks, damaged sets, and when there is nothing to do at all."""
     folders = [config.data] if isinstance(config.data, str) else config.data
     if not config.tasks:
+        skipped: dict[str, list[str]] = {}
         tests = _as_tasks(find_sets(folders))
-        return Plan([Job(test, TASKS.get(test.name), _train(test.name, test, config)) for test in tests], {})
+        return Plan([_job(test, TASKS.get(test.name), config, skipped) for test in tests], skipped)
     roots = [Path(folder) for folder in folders]
     if absent := [root for root in roots if not root.is_dir()]:
         raise ConfigError(f"data: {absent[0]}: no such folder")
@@ -56,7 +57,7 @@ def make_plan(config: MeasureConfig) -> Plan:
         if isinstance(found, list):
             skipped[task.key] = found
         else:
-            jobs.append(Job(found, task, _train(task.key, found, config)))
+            jobs.append(_job(found, task, config, skipped))
     if not jobs:
         key, places = next(iter(skipped.items()))
         raise ConfigError(
@@ -72,9 +73,12 @@ def _as_tasks(tests: list[EvalSet]) -> list[EvalSet]:
     return [replace(t, name=keys[t.name]) if keys.get(t.name, t.name) not in taken else t for t in tests]
 
 
-def _train(key: str, test: EvalSet, config: MeasureConfig) -> EvalSet | None:
-    """The training split of a set with labels, where a linear probe is asked for and there is one."""
+def _job(test: EvalSet, task: Task | None, config: MeasureConfig, skipped: dict[str, list[str]]) -> Job:
+    """With a training split where a linear probe is asked for; where there is none, `skipped` gets the places."""
     if config.probe is None or test.kind != "zero_shot":
-        return None
-    found = find_task(key, [test.path.parent], split="train")
-    return None if isinstance(found, list) else found
+        return Job(test, task)
+    train = find_task(test.name, [test.path.parent], split="train")
+    if isinstance(train, list):
+        skipped[f"{test.name}, {PROBE}"] = train
+        return Job(test, task)
+    return Job(test, task, train)
