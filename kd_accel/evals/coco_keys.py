@@ -17,7 +17,7 @@ from torch import Tensor
 
 KS = (1, 5, 10)
 INBATCH_KS = (1, 2, 3, 4, 5, 10, 20, 30, 50)
-BATCH = 512
+BATCH = 512  # the last one of a set is smaller, and easier
 
 _PAIRS = {
     "image2text-R@": "text",

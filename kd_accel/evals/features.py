@@ -75,9 +75,7 @@ def image_features(
     load = {"batch_size": batch_size, "num_workers": num_workers}
     parts = [_image_features(member, eval_set, samples, **load) for member in encoder.members]
     if any(not part.rows.equal(parts[0].rows) for part in parts):
-        raise ConfigError(
-            f"{eval_set.path}: some images could be read for one model and not for another: is it changing?"
-        )
+        raise SetError(f"{eval_set.path}: some images could be read for one model and not for another: is it changing?")
     return SetFeatures(parts[0].rows, torch.cat([part.images for part in parts], dim=1))
 
 
