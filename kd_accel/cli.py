@@ -65,6 +65,11 @@ VERBS = {
         "kd_accel.download.verb:run",
         "the images of a list of URLs as indexed webdataset shards",
     ),
+    "export": (
+        "kd_accel.export_config:ExportConfig",
+        "kd_accel.export.verb:run",
+        "a student as a release with a model card, for open_clip, transformers, ONNX",
+    ),
     "report": (
         "kd_accel.config:ReportConfig",
         "kd_accel.report.verb:run",

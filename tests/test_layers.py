@@ -18,7 +18,7 @@ LAYERS = (
     (
         "__init__ types schema schedules terms augment_config cache_config data_config sections config"
         " pack_config filter_config download_config embed_config"
-        " eval_config probe_config train_eval_config prepare_config help",
+        " eval_config probe_config train_eval_config prepare_config export_config help",
     ),
     ("distributed", "losses", "random_state signals logs"),
     ("trim",),
@@ -30,6 +30,7 @@ LAYERS = (
         "embed",
         "evals.suite",
         "evals.prepare",
+        "export",
         "report",
         "filter",
         "pack",

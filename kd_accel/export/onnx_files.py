@@ -1,0 +1,115 @@
+"""A CLIP as ONNX: image.onnx, text.onnx and meta.json, which says what they are (models/onnx_meta.py).
+
+Each tower is a graph of its own, for batches of any size: normalised pixels, or tokens at the full context length, to
+raw features. Above 2 GB the weights lie beside a graph, in NAME.onnx.data.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from open_clip.tokenizer import HFTokenizer
+from torch import Tensor, nn
+
+from kd_accel.models.onnx_meta import FILE, OnnxImage, OnnxMeta, OnnxText
+from kd_accel.models.text import encode_text
+from kd_accel.models.towers import Scale
+from kd_accel.schema import ConfigError
+from kd_accel.types import ImageInput, InputContract, TextInput
+
+OPSET = 18
+LARGEST = 2**31 - 2**20  # bytes of one file: protobuf ends there
+MAX_BATCH = 4096
+
+
+class _ImageGraph(nn.Module):
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.model.encode_image(image)
+
+
+class _TextGraph(nn.Module):
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, text: Tensor) -> Tensor:
+        return encode_text(self.model, text)
+
+
+def write_onnx(
+    directory: Path, *, model: nn.Module, contract: InputContract, embed_dim: int, scale: Scale, name: str
+) -> None:
+    """Add the files of the towers that `model` has, fp32 on the CPU in eval mode, to `directory`.
+
+    A tokenizer of transformers must lie there already. Raises ConfigError for a tower that cannot be exported, and
+    where the extra is not installed.
+    """
+    image = text = None
+    if contract.image is not None:
+        _write(_ImageGraph(model), "image", torch.zeros(2, 3, *contract.image.size), directory)
+        image = _image(contract.image)
+    if contract.text is not None:
+        _write(_TextGraph(model), "text", contract.text.tokenize(["a", "b"]), directory)
+        text = _text(contract.text)
+    logit_scale = float(torch.tensor(scale.log_scale).exp())
+    meta = OnnxMeta(
+        name=name, embed_dim=embed_dim, logit_scale=logit_scale, logit_bias=scale.bias, image=image, text=text
+    )
+    (directory / FILE).write_text(meta.to_json(), encoding="utf-8")
+
+
+def _write(graph: nn.Module, name: str, example: Tensor, directory: Path) -> None:
+    try:
+        import onnxscript  # noqa: F401  the exporter needs it, and says so only in the middle of its work
+    except ImportError:
+        raise ConfigError('format=onnx needs the extra "export": pip install "kd-accel[export]"') from None
+    size = sum(tensor.numel() * tensor.element_size() for tensor in graph.state_dict().values())
+    said, before = logging.getLogger("torch.onnx"), logging.getLogger("torch.onnx").level
+    said.setLevel(logging.ERROR)
+    try:
+        torch.onnx.export(
+            graph.eval(),
+            (example,),
+            directory / f"{name}.onnx",
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=[name],
+            output_names=[f"{name}_features"],
+            dynamic_shapes={name: {0: torch.export.Dim("batch", min=1, max=MAX_BATCH)}},
+            external_data=size > LARGEST,
+            verify=False,
+            verbose=False,
+        )
+    except Exception as error:  # what the exporter raises for a module it cannot trace has no narrower base
+        reason = " ".join(str(error).split())[:300]
+        raise ConfigError(
+            f"format=onnx: the {name} tower cannot be exported ({reason}): leave this format out"
+        ) from error
+    finally:
+        said.setLevel(before)
+
+
+def _image(image: ImageInput) -> OnnxImage:
+    return OnnxImage(
+        size=image.size,
+        mean=image.mean,
+        std=image.std,
+        interpolation=image.interpolation,
+        resize_mode=image.resize_mode,
+    )
+
+
+def _text(text: TextInput) -> OnnxText:
+    return OnnxText(context_length=text.context_length, **_tokenizer(text))
+
+
+def _tokenizer(text: TextInput) -> dict[str, Any]:
+    """open_clip's own tokenizer by name, others by their files."""
+    return {"tokenizer": "folder" if isinstance(text.tokenize, HFTokenizer) else "clip_bpe"}

@@ -1,0 +1,74 @@
+"""kd-accel export RUN out=FOLDER format=open_clip,transformers,onnx: a student, ready for those who use it.
+
+    FOLDER/open_clip_config.json  open_clip_model.safetensors  tokenizer files      always
+           config.json  model.safetensors  preprocessor_config.json                 transformers: CLIPModel
+           image.onnx  text.onnx  meta.json                                         onnx
+           README.md                                                                the model card
+
+Every format is loaded again and compared with the student; the folder appears whole, or not at all.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from kd_accel.export.assemble import Exported, load_exported
+from kd_accel.export.card import write_card
+from kd_accel.export.onnx_files import write_onnx
+from kd_accel.export.parity import Parity, check
+from kd_accel.export.transformers_clip import check_plain_clip, write_transformers_clip
+from kd_accel.export_config import ExportConfig
+from kd_accel.models.release import read_release, write_release
+from kd_accel.schema import ConfigError
+
+
+def run(config: ExportConfig) -> None:
+    """Write the release. Raises ConfigError for what cannot be exported, and for an `out` that is there already."""
+    out = Path(config.out)
+    if out.exists():
+        raise ConfigError(f"out={out}: is there already: name another folder, or remove it")
+    exported = load_exported(config)
+    if "transformers" in config.format:
+        check_plain_clip(exported.model_cfg, exported.contract)
+    partial = out.with_name(f".exporting_{out.name}")
+    shutil.rmtree(partial, ignore_errors=True)  # left by a process that was killed
+    try:
+        parities = _write(partial, exported, config)
+        partial.rename(out)
+    except OSError as error:
+        raise ConfigError(f"out={out}: cannot be written: {error}") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    for parity in parities:
+        print(f"{parity.format}: largest difference of unit features {_largest(parity):.2g}")
+    print(f"written to {out}")
+
+
+def _write(folder: Path, exported: Exported, config: ExportConfig) -> list[Parity]:
+    """All files; the formats' differences from the model."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    write_release(
+        folder,
+        state=exported.state,
+        model_cfg=exported.model_cfg,
+        contract=exported.contract,
+        log_scale=exported.scale.log_scale,
+        logit_bias=exported.scale.bias,
+        hf_text=exported.hf_text,
+    )
+    model, contract, model_cfg, scale = read_release(folder)
+    if "transformers" in config.format:
+        state = model.state_dict()
+        write_transformers_clip(folder, state=state, model_cfg=model_cfg, contract=contract, log_scale=scale.log_scale)
+    if "onnx" in config.format:
+        name, width = Path(config.out).name, model_cfg["embed_dim"]
+        write_onnx(folder, model=model, contract=contract, embed_dim=width, scale=scale, name=name)
+    formats = dict.fromkeys(["open_clip", *config.format])
+    parities = [check(folder, name, model=model, contract=contract) for name in formats]
+    write_card(folder, config, exported, parities)
+    return parities
+
+
+def _largest(parity: Parity) -> float:
+    return max(value for value in (parity.image, parity.text) if value is not None)

@@ -1,0 +1,66 @@
+"""Small releases of every kind of student."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import tiny
+import tiny_hf
+import torch
+
+from kd_accel.models.hf_text import HFTextTower
+from kd_accel.models.release import write_release
+from kd_accel.models.towers import build_open_clip
+
+RESNET = {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "head_width": 16}
+
+
+def _arch(kind: str, folder: Path) -> dict:
+    arch = tiny.arch()
+    match kind:
+        case "vit":
+            return arch
+        case "quick_gelu":
+            return arch | {"quick_gelu": True}
+        case "resnet":
+            return arch | {"vision_cfg": RESNET}
+        case "image alone":
+            return {"embed_dim": 8, "vision_cfg": arch["vision_cfg"]}
+        case "text alone":
+            return {"embed_dim": 8, "text_cfg": arch["text_cfg"]}
+        case "timm alone":
+            return {"embed_dim": 8, "vision_cfg": {"timm_classifier": "resnet10t", "image_size": 64}}
+        case "hf text":
+            name = str(tiny_hf.write_text_model(folder / "bert"))
+            text = {"hf_model_name": name, "hf_pooler_type": "mean_pooler", "hf_proj_type": "linear"}
+            return arch | {"text_cfg": text | {"context_length": 12, "hf_tokenizer_name": name}}
+
+
+def _write(folder: Path, arch: dict) -> Path:
+    torch.manual_seed(3)
+    model, contract, model_cfg, scale = build_open_clip(arch, pretrained=None, preprocess=None, name="student")
+    text = getattr(model, "text", None)
+    write_release(
+        folder,
+        state=model.state_dict(),
+        model_cfg=model_cfg,
+        contract=contract,
+        log_scale=scale.log_scale,
+        logit_bias=scale.bias,
+        hf_text=text if isinstance(text, HFTextTower) else None,
+    )
+    return folder
+
+
+@pytest.fixture(scope="session")
+def releases(tmp_path_factory):
+    """A function: kind -> its release directory, written once."""
+    folder, found = tmp_path_factory.mktemp("releases"), {}
+
+    def release(kind: str) -> Path:
+        if kind not in found:
+            found[kind] = _write(folder / kind.replace(" ", "_"), _arch(kind, folder))
+        return found[kind]
+
+    return release
