@@ -70,6 +70,11 @@ VERBS = {
         "kd_accel.export.verb:run",
         "a student as a release with a model card, for open_clip, transformers, ONNX",
     ),
+    "predict": (
+        "kd_accel.predict_config:PredictConfig",
+        "kd_accel.predict.verb:run",
+        "which of some texts fits a picture, and how well",
+    ),
     "report": (
         "kd_accel.config:ReportConfig",
         "kd_accel.report.verb:run",
@@ -125,7 +130,7 @@ def parse(words: Sequence[str]) -> tuple[str, Schema]:
         raise ConfigError(f"unknown verb '{verb}'{did_you_mean(verb, list(VERBS))}")
     if {"--help", "-h"} & set(arguments):
         return "help", HelpConfig(verb=verb)
-    if flags := [word for word in arguments if word.startswith("-")]:
+    if flags := [word for word in arguments if word.startswith("-") and word != "-"]:
         raise ConfigError(f"'{flags[0]}': no flags; write key=value (kd-accel help {verb} lists the keys)")
     overrides = [word for word in arguments if "=" in word]
     files = [word for word in arguments if word not in overrides and word.endswith((".yaml", ".yml"))]
@@ -147,10 +152,11 @@ def config_class(verb: str) -> type[Schema]:
 
 def usage(verb: str) -> str:
     """The command line of a verb."""
-    name, many, needed = _positional_field(config_class(verb))
-    word = f"{name.upper()} [{name.upper()} ...]" if many else name.upper()
-    words = ["kd-accel", verb, word if needed or not name else f"[{word}]", "[CONFIG.yaml ...]", "[key=value ...]"]
-    return " ".join(filter(None, words))
+    words = ["kd-accel", verb]
+    for name, many, needed in _positional_fields(config_class(verb)):
+        word = f"{name.upper()} [{name.upper()} ...]" if many else name.upper()
+        words.append(word if needed else f"[{word}]")
+    return " ".join([*words, "[CONFIG.yaml ...]", "[key=value ...]"])
 
 
 def print_config(config: Schema) -> None:
@@ -179,24 +185,30 @@ def _named(path: str) -> Any:
 
 
 def _positional(verb: str, words: list[str], *, given: bool) -> dict[str, Any]:
-    """The words that are neither file nor key=value, as the field that takes them.
+    """The words that are neither file nor key=value, as the fields that take them.
 
-    Without any, the field may still come from the files or keys that are `given`.
+    Without any, the fields may still come from the files or keys that are `given`.
     """
-    name, many, needed = _positional_field(config_class(verb))
-    if words and not name:
-        raise ConfigError(f"'{words[0]}' is neither a .yaml file nor key=value; usage: {usage(verb)}")
-    if len(words) > 1 and not many:
-        raise ConfigError(f"expected one {name.upper()}, got {len(words)}: {' '.join(words)}; usage: {usage(verb)}")
-    if needed and not words and not given:
-        raise ConfigError(f"{name.upper()} is missing; usage: {usage(verb)}")
-    return {name: words if many else words[0]} if words else {}
+    fields, values, rest = _positional_fields(config_class(verb)), {}, list(words)
+    for name, many, needed in fields:
+        taken, rest = (rest, []) if many else (rest[:1], rest[1:])
+        if needed and not taken and not given:
+            raise ConfigError(f"{name.upper()} is missing; usage: {usage(verb)}")
+        if taken:
+            values[name] = taken if many else taken[0]
+    if rest and not fields:
+        raise ConfigError(f"'{rest[0]}' is neither a .yaml file nor key=value; usage: {usage(verb)}")
+    if rest:
+        name = fields[-1][0].upper()
+        raise ConfigError(f"expected one {name}, got {len(words)}: {' '.join(words)}; usage: {usage(verb)}")
+    return values
 
 
-def _positional_field(schema: type[Schema]) -> tuple[str, bool, bool]:
-    """The field that positional words go to: its name ("" for none), whether it takes many, whether it is needed."""
-    name = getattr(schema, "positional", "")
-    if not name:
-        return "", False, False
-    field = schema.model_fields[name]
-    return name, any(get_origin(a) is list for a in alternatives(field.annotation)), field.is_required()
+def _positional_fields(schema: type[Schema]) -> list[tuple[str, bool, bool]]:
+    """The fields that positional words go to: name, whether it takes all that are left, whether it is needed."""
+    names = getattr(schema, "positional", ())
+    fields = {name: schema.model_fields[name] for name in ((names,) if isinstance(names, str) else names)}
+    return [
+        (name, any(get_origin(a) is list for a in alternatives(field.annotation)), field.is_required())
+        for name, field in fields.items()
+    ]

@@ -11,6 +11,7 @@ import pytest
 from kd_accel import __version__, cli
 from kd_accel.config import DemoConfig, IndexConfig, ReportConfig, TrainConfig
 from kd_accel.eval_config import EvalConfig
+from kd_accel.predict_config import PredictConfig
 from kd_accel.prepare_config import PrepareConfig
 from kd_accel.schema import ConfigError, load
 
@@ -55,6 +56,7 @@ def test_a_value_may_name_a_yaml_file_or_hold_an_equals_sign(train_yaml):
         ("demo", DemoConfig()),
         ("demo elsewhere seeds=[1,2]", DemoConfig(output_dir="elsewhere", seeds=[1, 2])),
         ("eval prepare a out=b task=retrieval", PrepareConfig(source="a", out="b", task="retrieval")),
+        ("predict a b.jpg c/ - text=[d]", PredictConfig(model="a", images=["b.jpg", "c/", "-"], text=["d"])),
         ("help train", cli.HelpConfig(verb="train")),
         ("train --help", cli.HelpConfig(verb="train")),
         ("help eval prepare", cli.HelpConfig(verb="eval prepare")),
@@ -75,7 +77,8 @@ def test_positional_words_go_to_the_verbs_field(words, expected):
         (
             "zzzzzz",
             "unknown verb 'zzzzzz'; one of "
-            "train, embed, eval, eval prepare, pack, index, filter, download, export, report, demo, config, help",
+            "train, embed, eval, eval prepare, pack, index, filter, download, export, predict, report,"
+            " demo, config, help",
         ),
         ("help evla", "unknown verb 'evla'; did you mean 'eval'?"),
         ("train --lr 3", "'--lr': no flags; write key=value (kd-accel help train lists the keys)"),
@@ -96,6 +99,10 @@ def test_positional_words_go_to_the_verbs_field(words, expected):
             "expected one OUTPUT_DIR, got 2: a b; usage: kd-accel demo [OUTPUT_DIR] [CONFIG.yaml ...] [key=value ...]",
         ),
         ("eval data=d", "model: this key is needed"),
+        (
+            "predict a",
+            "IMAGES is missing; usage: kd-accel predict MODEL IMAGES [IMAGES ...] [CONFIG.yaml ...] [key=value ...]",
+        ),
         ("train nowhere.yaml", "nowhere.yaml: no such file"),
     ],
 )

@@ -1,4 +1,4 @@
-"""README.md of a release, the model card that the Hub shows: what it is, how it was made, how good it is, how to load it.
+"""README.md of a release, the model card of the Hub: what it is, how it was made, how good it is, how to load it.
 
 Everything in it is read from the release and from the run that it comes from.
 """

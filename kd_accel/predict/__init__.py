@@ -1,0 +1,1 @@
+"""kd-accel predict: which of the given texts fits a picture."""
