@@ -103,7 +103,8 @@ def run() -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb; the exit code: 0, 2 after a user's mistake (one line each on stderr), 130 after Ctrl-C."""
+    """Run one verb; the exit code: 0, 2 after a user's mistake (one line each on stderr), 130 after Ctrl-C, 141
+    when nobody reads the output any more."""
     words = sys.argv[1:] if argv is None else argv
     if list(words) == ["--version"]:
         print(f"kd-accel {__version__}")
@@ -117,6 +118,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             for line in str(error).splitlines():
                 print(f"error: {line}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # whoever reads the output, head for one, has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python still flushes it at the end
+        return 141
     except KeyboardInterrupt:
         return 130
 

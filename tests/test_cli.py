@@ -244,3 +244,12 @@ def test_parse_runs_nothing():
     """It raises what main prints."""
     with pytest.raises(ConfigError, match="unknown verb"):
         cli.parse(["trian"])
+
+
+def test_a_reader_that_has_had_enough_is_no_error():
+    """As with `kd-accel config ... | head -1`."""
+    program = [sys.executable, "-u", "-m", "kd_accel", "help", "train"]
+    process = subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait() == 141
