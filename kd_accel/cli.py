@@ -70,6 +70,11 @@ VERBS = {
         "kd_accel.export.verb:run",
         "a student as a release with a model card, for open_clip, transformers, ONNX",
     ),
+    "push": (
+        "kd_accel.push_config:PushConfig",
+        "kd_accel.push.verb:run",
+        "a release on the HuggingFace Hub",
+    ),
     "predict": (
         "kd_accel.predict_config:PredictConfig",
         "kd_accel.predict.verb:run",

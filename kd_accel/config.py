@@ -12,6 +12,7 @@ from pydantic import Field, field_validator, model_validator
 
 from kd_accel.cache_config import CacheConfig
 from kd_accel.data_config import DataConfig, SourceConfig
+from kd_accel.push_config import TrainHubConfig
 from kd_accel.schema import Schema
 from kd_accel.sections import (
     LogConfig,
@@ -54,6 +55,8 @@ class TrainConfig(Schema):
     log: LogConfig = LogConfig()
     eval: TrainEvalConfig | None = None
     """Evaluate the student while it learns; null: only the verb eval does."""
+    hub: TrainHubConfig | None = None
+    """Push checkpoints to the HuggingFace Hub while it learns; null: only the verb push does."""
 
     @field_validator("teachers")
     @classmethod

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from kd_accel import distributed
@@ -24,9 +25,20 @@ class Saver:
     """
 
     def __init__(
-        self, run: Path, config: TrainConfig, *, steps_per_epoch: int, total_steps: int, newest_step: int | None = None
+        self,
+        run: Path,
+        config: TrainConfig,
+        *,
+        steps_per_epoch: int,
+        total_steps: int,
+        published: Callable[[Path], None],
+        newest_step: int | None = None,
     ):
-        """`newest_step`: of the checkpoint of this run that it goes on from."""
+        """`published`, on the main rank, is told every whole checkpoint.
+
+        `newest_step`: of the checkpoint that it goes on from, where that is of this run.
+        """
+        self._published = published
         self._run, self._config, self._total_steps = run, config, total_steps
         every_minutes = config.save.every_minutes
         self._every_steps = config.save.every_steps or (None if every_minutes else steps_per_epoch)
@@ -94,6 +106,7 @@ class Saver:
         if not errors:
             if distributed.is_main():
                 log.info("saved %s", whole)
+                self._published(whole)
             return
         self._newest_step = None
         said = f"the checkpoint of step {step} could not be written ({errors[0]}); the newest whole one: {whole}"

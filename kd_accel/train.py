@@ -29,6 +29,7 @@ from kd_accel.launch import end_accelerator, start_accelerator
 from kd_accel.metrics import MetricsLog, Throughput, replace_text, write_environment
 from kd_accel.objective import NonFiniteLoss
 from kd_accel.optim import build_optimizer, learning_rates
+from kd_accel.push.background import BackgroundPush
 from kd_accel.saver import Saver
 from kd_accel.schedules import Progress
 from kd_accel.schema import ConfigError, LocalError, dump
@@ -74,7 +75,7 @@ class Trainer:
     loader                      batches of this rank
     objective, engine           what turns features into a step
     episodes                    what clusters coming samples for `prototype` terms
-    evaluation                  when the student is evaluated, on what
+    evaluation, push            when the student is evaluated, on what; and pushed to the Hub
     state                       where the run stands
     start_step, total_steps     where it began or went on, where it ends
     saver                       when checkpoints are written
@@ -86,6 +87,7 @@ class Trainer:
         self.folder = Path(config.output_dir) / config.name
         resume_from = checkpoint.find(config, self.folder)  # before anything is written or built
         self.evaluation = TrainingEvaluation(config.eval, self.folder)
+        self.push = BackgroundPush(config.hub, self.folder)
         self.accelerator = start_accelerator(
             precision=config.precision,
             grad_clip_norm=config.optim.grad_clip_norm,
@@ -129,6 +131,8 @@ class Trainer:
                 stopped = self._save_if_due(signals) or self._evaluate_if_due(signals)
         if distributed.is_main():
             log.info("done: %s", checkpoint.newest(self.folder))
+            if not stopped:  # who sends a signal does not wait for a push
+                self.push.finish()
 
     def _train_step(self, micro_batches: list[Batch]) -> dict:
         """One optimizer step; returns the row of metrics, tensors still on the device."""
@@ -265,7 +269,13 @@ class Trainer:
             self.metrics = MetricsLog(self.folder, self.config, accelerator=self.accelerator, **at)
         own = resume_from is not None and resume_from.parent == self.folder / "checkpoints"
         steps = {"steps_per_epoch": self.loader.steps_per_epoch, "total_steps": self.total_steps}
-        self.saver = Saver(self.folder, self.config, newest_step=self.start_step if own else None, **steps)
+        self.saver = Saver(
+            self.folder,
+            self.config,
+            published=self.push.checkpoint_written,
+            newest_step=self.start_step if own else None,
+            **steps,
+        )
         self.throughput = Throughput()
         if not distributed.is_main():
             return

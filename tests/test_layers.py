@@ -18,19 +18,22 @@ LAYERS = (
     (
         "__init__ types schema schedules terms augment_config cache_config data_config sections config"
         " pack_config filter_config download_config embed_config"
-        " eval_config probe_config train_eval_config prepare_config export_config predict_config help",
+        " eval_config probe_config train_eval_config prepare_config export_config predict_config push_config help",
     ),
     ("distributed", "losses", "random_state signals logs"),
     ("trim",),
     ("memory", "models", "data", "blame", "replay"),
     ("objective own_optimizer chunks temperature bindings recall fit", "stored_teacher"),
-    ("launch engine masters optim lamb metrics checkpoint memory_files saver bad_samples assembly episodes evals",),
+    (
+        "launch engine masters optim lamb metrics checkpoint memory_files saver bad_samples assembly episodes evals"
+        " push.background",
+    ),
     (
         "train",
         "embed",
         "evals.suite",
         "evals.prepare",
-        "export",
+        "export push",
         "predict",
         "report",
         "filter",

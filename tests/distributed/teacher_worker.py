@@ -114,7 +114,7 @@ def measure(teacher: str, stage: int, placement: str, folder: Path) -> None:
     optimized = sum(part.numel() for part in run.engine.masters._held_parameters())
     mine = {"held": held(run.teacher), "difference": difference, "optimized": optimized}
     state = TrainState(step=3, samples=3 * B * distributed.world_size(), global_batch=B * distributed.world_size())
-    saver = Saver(folder / run.config.name, run.config, steps_per_epoch=1, total_steps=3)
+    saver = Saver(folder / run.config.name, run.config, steps_per_epoch=1, total_steps=3, published=lambda _: None)
     saver.save(engine=run.engine, objective=run.objective, state=state, at_end=True)
     ranks = distributed.gather_objects(mine)
     if distributed.is_main():

@@ -1,0 +1,1 @@
+"""kd-accel push: a student on the HuggingFace Hub."""
