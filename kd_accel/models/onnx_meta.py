@@ -22,13 +22,14 @@ from pydantic import Field, model_validator
 from kd_accel.schema import ConfigError, Schema, validate
 
 FILE = "meta.json"
+BESIDE = r"^[\w][\w.\-]*$"  # a name, and no way out of the folder
 Channels = tuple[float, float, float]
 
 
 class OnnxImage(Schema):
     """The image tower, and how it wants its pixels."""
 
-    file: str = "image.onnx"
+    file: str = Field("image.onnx", pattern=BESIDE)
     """Beside meta.json."""
     input: str = "image"
     """Name of the graph's input."""
@@ -49,7 +50,7 @@ class OnnxImage(Schema):
 class OnnxText(Schema):
     """The text tower, and how it wants its texts."""
 
-    file: str = "text.onnx"
+    file: str = Field("text.onnx", pattern=BESIDE)
     """Beside meta.json."""
     input: str = "text"
     """Name of the graph's input."""
