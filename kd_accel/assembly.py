@@ -21,6 +21,7 @@ from kd_accel.models.inherit import inherit
 from kd_accel.models.int8 import quantise
 from kd_accel.models.release import read_release, resolve_release
 from kd_accel.models.running_stats import running_statistics
+from kd_accel.models.sparsity import sparsify
 from kd_accel.models.student import Student
 from kd_accel.models.teacher import Teacher, key_of
 from kd_accel.objective import Objective
@@ -85,6 +86,8 @@ def fit_models(config: TrainConfig, student: Student, teachers: Teachers) -> Tra
     objective = match_towers(config.objective, towers=student.towers, teachers=specs)
     check_towers(objective, widths=student.widths, teachers=specs)
     student.freeze_all_but(set().union(*(features_read(t, student.widths) for t in objective.terms.values())))
+    if config.compress.sparsity is not None:
+        student.sparse = _sparsified(student)
     config = config.model_copy(update={"objective": objective})
     stores = open_stores(config)
     for name, teacher in teachers.items():
@@ -95,6 +98,18 @@ def fit_models(config: TrainConfig, student: Student, teachers: Teachers) -> Tra
                 " are not in the store: embed all towers, or choose another placement, which runs the missing one"
             )
     return config
+
+
+def _sparsified(student: Student) -> str:
+    """What became of it, in a sentence."""
+    found = sparsify(student.clip)
+    if not found:
+        raise ConfigError(
+            "compress.sparsity: no layer of the student can be sparse: linear and convolutional ones with inputs in"
+            " multiples of 16 and outputs of 8 can"
+        )
+    total, sparse = sum(p.numel() for p in student.clip.parameters()), sum(found.values())
+    return f"2:4 sparsity of {len(found)} layers, {sparse:,} of {total:,} weights: half of these are zero"
 
 
 def towers_read(config: TrainConfig, name: str) -> set[str]:
@@ -156,6 +171,8 @@ def remarks(config: TrainConfig, student: Student) -> list[str]:
     """What is not as the weights brought it, or not trained; a sentence each, for the log."""
     said, own, asked = [], student.scale, config.objective
     said += student.inherited
+    if student.sparse is not None:
+        said.append(student.sparse)
     if student.locked:
         said.append(f"frozen by student.lock: {', '.join(student.locked)}")
     if student.frozen:

@@ -15,6 +15,7 @@ from kd_accel.data_config import DataConfig, SourceConfig
 from kd_accel.push_config import TrainHubConfig
 from kd_accel.schema import Schema
 from kd_accel.sections import (
+    CompressConfig,
     LogConfig,
     LoopConfig,
     ObjectiveConfig,
@@ -51,6 +52,7 @@ class TrainConfig(Schema):
     objective: ObjectiveConfig
     optim: OptimConfig
     train: LoopConfig = LoopConfig()
+    compress: CompressConfig = CompressConfig()
     save: SaveConfig = SaveConfig()
     log: LogConfig = LogConfig()
     eval: TrainEvalConfig | None = None
@@ -71,6 +73,15 @@ class TrainConfig(Schema):
         if self.teacher is not None and self.teachers:
             raise ValueError("give either teacher or teachers, not both")
         check_teachers(self.objective.terms, list(teachers_of(self)))
+        return self
+
+    @model_validator(mode="after")
+    def _compresses_what_is_trained(self):
+        if self.compress.sparsity and self.student.init is None and self.student.pretrained is None:
+            raise ValueError(
+                "compress.sparsity keeps the largest weights, which of an untrained student say nothing: train it dense"
+                " first, and give that run as student.init (or student.pretrained)"
+            )
         return self
 
     @model_validator(mode="after")

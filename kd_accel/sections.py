@@ -249,6 +249,13 @@ class LoopConfig(Schema):
     """Seconds that a process waits for another one before it ends the run."""
 
 
+class CompressConfig(Schema):
+    """How a trained student becomes smaller in a second training."""
+
+    sparsity: Literal["2:4"] | None = None
+    """2:4: of every four neighbouring weights two are zero from the first step on; null: dense."""
+
+
 class SaveConfig(Schema):
     """When a checkpoint is written; the end of the run always writes one."""
 

@@ -11,6 +11,7 @@ from kd_accel.models.build import build_student
 from kd_accel.models.hf_text import HFTextTower
 from kd_accel.models.lock import lock
 from kd_accel.models.patch_mask import PatchMask
+from kd_accel.models.sparsity import without_masks
 from kd_accel.models.text import encode_text
 from kd_accel.models.towers import encode_image
 from kd_accel.schema import ConfigError
@@ -34,6 +35,7 @@ class Student(nn.Module):
     frozen          what is not trained, in words
     inherited       what it starts from of another model, in words
     locked          what `lock` freezes, in words
+    sparse          None, or what of it 2:4 sparsity holds, in words
     unread          towers that are not even run
     """
 
@@ -51,6 +53,7 @@ class Student(nn.Module):
         self.unread: set[str] = set()
         self.locked = lock(self.clip, config.lock)
         self.inherited: list[str] = []
+        self.sparse: str | None = None
         self.mask = None if mask_ratio is None else PatchMask.install(self.clip.visual, mask_ratio)
         self.projector = self.prototype_head = self.class_head = None
         self.frozen: list[str] = []
@@ -153,11 +156,12 @@ class Student(nn.Module):
 
     @staticmethod
     def release_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The open_clip part of a state dict of Student: without the heads, keys without "clip."."""
+        """The open_clip part of a state dict of Student: without heads and sparsity masks, keys without "clip."."""
         heads_of = ("projector.", "prototype_head.", "class_head.")
         odd = [key for key in state if not key.startswith(("clip.", *heads_of))]
         assert not odd, f"not a state of Student: {odd}"
-        return {key.removeprefix("clip."): tensor for key, tensor in state.items() if key.startswith("clip.")}
+        clip = {key.removeprefix("clip."): tensor for key, tensor in state.items() if key.startswith("clip.")}
+        return without_masks(clip)
 
     def _parameters_of(self, tower: str) -> list[nn.Parameter]:
         """open_clip keeps the image tower under `visual`, and a CLIP's text tower beside it."""
