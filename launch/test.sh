@@ -6,7 +6,13 @@ set -euo pipefail
 # shellcheck source=launch/venv.sh
 source "$(dirname "$0")/venv.sh"
 
-if [[ $# -eq 0 ]]; then
-    set -- -m "not slow and not root and not gpu"
+if [[ $# -gt 0 ]]; then
+    exec python -m pytest "$@"
 fi
-exec python -m pytest "$@"
+
+quick="not slow and not root and not gpu"
+code=0
+# Tests of one process run side by side; those that start processes of their own need the cores for themselves.
+OMP_NUM_THREADS=1 python -m pytest -m "$quick and not distributed" -n "$((cores < 4 ? cores : 4))" --dist loadfile || code=$?
+python -m pytest -m "$quick and distributed" || code=$?
+exit "$code"

@@ -46,7 +46,9 @@ def training_of(folder: Path) -> list[dict]:
     return [row for row in curve(folder) if "loss" in row]
 
 
-@pytest.mark.parametrize("launch", LAUNCHES)
+@pytest.mark.parametrize(
+    "launch", [pytest.param(name, marks=[] if name.startswith("ZeRO-2") else pytest.mark.slow) for name in LAUNCHES]
+)
 def test_training_and_rows_are_what_they_would_have_been(launch, tmp_path, train_shards, tiny_teacher, sets):
     """Losses, weights, moments, memory and random states of the run without evaluation; the rows that one process,
     watching, finds in its checkpoints."""

@@ -169,6 +169,7 @@ def test_a_lost_worker_ends_every_rank(start, tmp_path, count):
     assert any("a worker of the data loader died; when memory was short, lower num_workers" in line for line in lines)
 
 
+@pytest.mark.slow
 def test_an_evaluation_goes_on_where_it_was_killed(start, tmp_path):
     """Killed after two of four sets: their rows stay as they are, and the others are those of a run without a kill."""
     for name, count in (("a", 9), ("b", 26), ("c", 5), ("d", 1)):

@@ -15,7 +15,7 @@ import tiny
 from conftest import run_process
 from PIL import Image
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 
 def write_picture(path: Path, seed: int) -> None:
