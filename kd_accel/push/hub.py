@@ -47,7 +47,8 @@ def upload(folder: Path, config: PushConfig, *, tag: str | None, message: str) -
 
 
 def _retried(what: str, act: Callable[[], T], *, retries: int, pause_s: float, token: str) -> T:
-    for attempt in range(retries + 1):
+    left, pause = retries, pause_s
+    while True:
         try:
             return act()
         except (HTTPError, OSError) as error:
@@ -57,12 +58,11 @@ def _retried(what: str, act: Callable[[], T], *, retries: int, pause_s: float, t
                 raise ConfigError(f"the Hub refuses the token for this ({what}): {reason}") from None
             if status is not None and status not in PASSING:
                 raise ConfigError(f"the Hub does not do it ({what}): {reason}") from None
-            if attempt == retries:
+            if not left:
                 raise ConfigError(f"the Hub is not reached ({what}, {retries + 1} attempts): {reason}") from None
-            pause = min(pause_s * 2**attempt, LONGEST_PAUSE_S)
-            log.warning("%s failed (%s); again in %.3g s", what, reason, pause)
-            time.sleep(pause)
-    raise AssertionError("unreachable")
+        log.warning("%s failed (%s); again in %.3g s", what, reason, pause)
+        time.sleep(pause)
+        left, pause = left - 1, min(2 * pause, LONGEST_PAUSE_S)
 
 
 def _one_line(error: Exception, token: str) -> str:
