@@ -86,7 +86,7 @@ def test_two_evaluations_at_once_lose_no_row(results):
     """Both add rows and make tables and averages, as every row does; the last to end finds all rows."""
     env = os.environ | {"PYTHONPATH": f"{REPO}:{REPO / 'tests'}", "OMP_NUM_THREADS": "1"}
     started = [subprocess.Popen([sys.executable, "-c", WRITER, results, name], env=env) for name in "ab"]
-    assert [process.wait(60) for process in started] == [0, 0]
+    assert [process.wait(240) for process in started] == [0, 0]
     keys = {f"{name}{number}" for name in "ab" for number in range(40)}
     assert {r["key"] for r in read_results(results)} == keys
     [line] = table(results)
