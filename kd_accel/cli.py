@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Sequence
 from importlib import import_module
 from typing import Any, ClassVar, get_origin
@@ -23,6 +24,8 @@ class HelpConfig(Schema):
     verb: str | None = None
     """The verb to explain; null lists the verbs."""
 
+
+FIRST_WORD_S = 10  # for rank 0 to say what is wrong: a launcher ends it as soon as another rank has ended
 
 VERBS = {
     "train": (
@@ -122,6 +125,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if os.environ.get("RANK", "0") == "0" or isinstance(error, LocalError):
             for line in str(error).splitlines():
                 print(f"error: {line}", file=sys.stderr)
+        elif "TORCHELASTIC_RUN_ID" in os.environ:
+            time.sleep(FIRST_WORD_S)
         return 2
     except BrokenPipeError:  # whoever reads the output, head for one, has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python still flushes it at the end
