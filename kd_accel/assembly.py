@@ -32,15 +32,20 @@ from kd_accel.terms import LabelCE, MaskedFeatureMSE
 Teachers = dict[str, Teacher | StoredTeacher]
 
 
-def build_teachers(config: TrainConfig) -> Teachers:
-    """By name, frozen. Raises ConfigError when a model, its weights or its stored features are not to be had."""
-    return {name: _build_teacher(name, section) for name, section in teachers_of(config).items()}
+def build_teachers(config: TrainConfig, *, weights: bool = True) -> Teachers:
+    """By name, frozen. Raises ConfigError when a model, its weights or its stored features are not to be had.
+
+    `weights`: false leaves those out that would have to be fetched, and what follows from them.
+    """
+    return {name: _build_teacher(name, section, weights) for name, section in teachers_of(config).items()}
 
 
-def _build_teacher(name: str, section: TeacherConfig) -> Teacher | StoredTeacher:
+def _build_teacher(name: str, section: TeacherConfig, weights: bool) -> Teacher | StoredTeacher:
     if section.placement == "cached":
         return StoredTeacher(section, name=name)
-    teacher = Teacher(section, name=name)
+    teacher = Teacher(section, name=name, weights=weights)
+    if not weights:
+        return teacher
     if section.store is not None:
         check_store(section, teacher, name=name)
     if section.placement == "int8":
@@ -48,14 +53,17 @@ def _build_teacher(name: str, section: TeacherConfig) -> Teacher | StoredTeacher
     return teacher
 
 
-def build_student(config: TrainConfig, teachers: Teachers) -> Student:
-    """With the masked view that a term asks for. Raises ConfigError."""
+def build_student(config: TrainConfig, teachers: Teachers, *, weights: bool = True) -> Student:
+    """With the masked view that a term asks for; `weights`: false leaves those out that it starts from.
+
+    Raises ConfigError.
+    """
     ratios = {t.mask_ratio for t in config.objective.terms.values() if isinstance(t, MaskedFeatureMSE)}
     if len(ratios) > 1:
         raise ConfigError(f"objective.terms: masked_feature_mse with mask_ratio {sorted(ratios)}: one view is made")
     dims = {name: teacher.embed_dim for name, teacher in teachers.items()}
-    student = Student(config.student, dims, mask_ratio=next(iter(ratios), None))
-    if config.student.init is not None:
+    student = Student(config.student, dims, mask_ratio=next(iter(ratios), None), weights=weights)
+    if config.student.init is not None and weights:
         student.inherited = inherit(
             student.clip, _forebear(config, teachers), where=f"student.init={config.student.init}"
         )

@@ -88,6 +88,11 @@ VERBS = {
         "kd_accel.report.verb:run",
         "one HTML page: curves, results beside the teacher's, retrieved pictures; metrics.csv, PNGs",
     ),
+    "plan": (
+        "kd_accel.plan_config:PlanConfig",
+        "kd_accel.plan.verb:run",
+        "what a training would cost: parameters, FLOPs, memory, hours",
+    ),
     "demo": (
         "kd_accel.config:DemoConfig",
         "kd_accel.demo:run",

@@ -32,10 +32,11 @@ LAYOUTS = ("auto", "moco", "simclr", "swav", "plain")
 Built = tuple[nn.Module, InputContract, dict[str, Any], Scale]
 
 
-def build_student(config: StudentConfig, *, teacher_width: int | None) -> Built:
+def build_student(config: StudentConfig, *, teacher_width: int | None, weights: bool = True) -> Built:
     """(model, contract, model_cfg, scale) of `student`; fresh weights come from torch's global generator.
 
-    `teacher_width`: what an embedding is as wide as where neither arch nor embed_dim says so. Raises ConfigError.
+    `teacher_width`: what an embedding is as wide as where neither arch nor embed_dim says so; `weights`: false leaves
+    pretrained ones out. Raises ConfigError.
     """
     prefix, _, name = config.arch.partition("/") if isinstance(config.arch, str) else ("", "", "")
     arch, pretrained = config.arch, config.pretrained
@@ -44,7 +45,8 @@ def build_student(config: StudentConfig, *, teacher_width: int | None) -> Built:
         pretrained = None if pretrained == OWN_WEIGHTS else pretrained
     elif config.embed_dim is not None:
         raise ConfigError("student.embed_dim: this architecture says itself how wide its embeddings are: drop it")
-    return build_open_clip(arch, pretrained=pretrained, preprocess=config.preprocess, name="student")
+    given = {"pretrained": pretrained, "preprocess": config.preprocess, "name": "student"}
+    return build_open_clip(arch, **given, weights=weights)
 
 
 def _one_tower_cfg(prefix: str, name: str, config: StudentConfig, teacher_width: int | None) -> dict[str, Any]:
@@ -67,18 +69,24 @@ def _text_cfg(name: str, config: StudentConfig) -> dict[str, Any]:
     return hf_text_cfg(name, pooling="mean", proj="linear", context_length=config.context_length)
 
 
-def build_teacher(config: TeacherConfig, *, where: str) -> tuple[nn.Module, InputContract, int, Scale]:
-    """(model, contract, embed_dim, scale) of a teacher with weights; raises ConfigError that begins with `where`."""
+def build_teacher(
+    config: TeacherConfig, *, where: str, weights: bool = True
+) -> tuple[nn.Module, InputContract, int, Scale]:
+    """(model, contract, embed_dim, scale) of a teacher; raises ConfigError that begins with `where`.
+
+    `weights`: false leaves those out that would have to be fetched.
+    """
     if config.path is not None:
-        model, contract, model_cfg, scale = read_release(resolve_release(config.path))
+        model, contract, model_cfg, scale = read_release(resolve_release(config.path), weights=weights)
         return model, contract, model_cfg["embed_dim"], scale
     prefix, _, name = config.arch.partition("/")
     if not name:
-        built = build_open_clip(config.arch, pretrained=config.pretrained, preprocess=None, name=where)
+        named = {"pretrained": config.pretrained, "preprocess": None, "name": where}
+        built = build_open_clip(config.arch, **named, weights=weights)
         model, contract, model_cfg, scale = built
         return model, contract, model_cfg["embed_dim"], scale
     at = f"{where}.arch"
-    options = {"embed_dim": None, "pretrained": True, "where": at}
+    options = {"embed_dim": None, "pretrained": weights, "where": at}
     match prefix:
         case "timm":
             return _image_alone(*build_timm(name, **options))
@@ -87,7 +95,7 @@ def build_teacher(config: TeacherConfig, *, where: str) -> tuple[nn.Module, Inpu
         case "ssl" if name in LAYOUTS:
             return _image_alone(*load_ssl(name, config.pretrained, output=config.output, where=f"{where}.pretrained"))
         case "hf" if is_hf_clip(name, where=at):
-            return build_hf_clip(name, where=at)
+            return build_hf_clip(name, where=at, weights=weights)
         case "hf":
             text = {"proj": None, "pooling": config.pooling, "context_length": config.context_length}
             return _text_alone(*build_hf_text(name, **options | {"where": where}, **text))

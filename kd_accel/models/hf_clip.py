@@ -61,10 +61,11 @@ class ClipTokenizer:
         return encoded.input_ids.masked_fill(encoded.attention_mask == 0, self.pad)
 
 
-def build_hf_clip(name: str, *, where: str) -> tuple[TwoTowers, InputContract, int, Scale]:
+def build_hf_clip(name: str, *, where: str, weights: bool = True) -> tuple[TwoTowers, InputContract, int, Scale]:
     """(model in eval mode and fp32, what it wants as input, d, its scale). `name`: on the Hub, or a folder.
 
     The input contract is that of the checkpoint's own processor and tokenizer files. No code from the Hub is run.
+    `weights`: false leaves fresh ones in.
     Raises ConfigError, which begins with `where`, for what is not to be had, is of another kind, or resizes its images
     in a way that no ImageInput can say.
     """
@@ -73,12 +74,17 @@ def build_hf_clip(name: str, *, where: str) -> tuple[TwoTowers, InputContract, i
         raise ConfigError(f"{where}: {name} is a {config.model_type} model; clip and siglip are supported")
     image = _image_input(_load(AutoImageProcessor, "image processor", name, where), config, name, where)
     text = _text_input(_load(AutoTokenizer, "tokenizer", name, where), config, name, where)
-    model, loaded = _load(AutoModel, "model", name, where, dtype=torch.float32, output_loading_info=True)
-    if missing := sorted(loaded["missing_keys"]):
-        raise ConfigError(f"{where}: the weights of {name} lack {missing[0]} ({len(missing)} tensors in all)")
+    model = _with_weights(name, where) if weights else AutoModel.from_config(config, dtype=torch.float32)
     towers, embed_dim = _towers(model)
     bias = model.logit_bias.item() if config.model_type == "siglip" else None
     return towers.eval(), InputContract(image, text), embed_dim, Scale(model.logit_scale.item(), bias)
+
+
+def _with_weights(name: str, where: str) -> PreTrainedModel:
+    model, loaded = _load(AutoModel, "model", name, where, dtype=torch.float32, output_loading_info=True)
+    if missing := sorted(loaded["missing_keys"]):
+        raise ConfigError(f"{where}: the weights of {name} lack {missing[0]} ({len(missing)} tensors in all)")
+    return model
 
 
 def is_hf_clip(name: str, *, where: str) -> bool:

@@ -105,7 +105,12 @@ def skip_downloads(model_cfg: dict[str, Any]) -> None:
     vision_cfg.pop("pretrained", None)
     if "hf_model_name" in text_cfg:
         text_cfg["hf_model_pretrained"] = False
-        text_cfg.pop("hf_config", None)  # it is in the tower's config.json
+
+
+def as_released(model_cfg: dict[str, Any]) -> None:
+    """Let a release build its towers by itself: its weights and its config.json lie beside it."""
+    skip_downloads(model_cfg)
+    model_cfg.get("text_cfg", {}).pop("hf_config", None)
 
 
 def is_open_clips(model_cfg: dict[str, Any]) -> bool:

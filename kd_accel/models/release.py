@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from kd_accel.models.hf_text import HFTextTower, write_hf_tower
-from kd_accel.models.model_cfg import skip_downloads
+from kd_accel.models.model_cfg import as_released
 from kd_accel.models.towers import CLIP_BPE, Scale, construct, input_contract, take_scale
 from kd_accel.schema import ConfigError
 from kd_accel.types import ImageInput, InputContract, TextInput
@@ -66,18 +66,19 @@ def write_release(
     os.rename(partial, directory)
 
 
-def read_release(directory: Path) -> tuple[nn.Module, InputContract, dict[str, Any], Scale]:
+def read_release(directory: Path, *, weights: bool = True) -> tuple[nn.Module, InputContract, dict[str, Any], Scale]:
     """(model in eval mode, contract, model_cfg, scale) of a release; its weights are safetensors, and fit to the key.
 
-    Raises ConfigError, one line, for a missing or damaged file, a pickle, and weights of another model.
+    `weights`: false leaves fresh ones in. Raises ConfigError, one line, for a missing or damaged file, a pickle, and weights of another model.
     """
     config = _read_config(directory / CONFIG)
     model_cfg = config["model_cfg"]
-    skip_downloads(model_cfg)
+    as_released(model_cfg)
     where = f"{directory / CONFIG}: model_cfg"
-    weights = _read_weights(directory / WEIGHTS)
+    state = _read_weights(directory / WEIGHTS) if weights else None
     model = construct(model_cfg, where=where, folder=directory)
-    _fill(model, weights, directory / WEIGHTS)
+    if state is not None:
+        _fill(model, state, directory / WEIGHTS)
     contract = input_contract(model, model_cfg, config.get("preprocess_cfg", {}), where=where, folder=directory)
     return model.eval(), contract, model_cfg, take_scale(model)
 

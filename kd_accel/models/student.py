@@ -39,13 +39,21 @@ class Student(nn.Module):
     unread          towers that are not even run
     """
 
-    def __init__(self, config: StudentConfig, teacher_dims: dict[str, int], *, mask_ratio: float | None = None):
+    def __init__(
+        self,
+        config: StudentConfig,
+        teacher_dims: dict[str, int],
+        *,
+        mask_ratio: float | None = None,
+        weights: bool = True,
+    ):
         """Fresh weights come from torch's global generator; those of the heads last. Raises ConfigError.
 
-        `teacher_dims` are the teachers' widths by name, `mask_ratio` the share of patches a masked view goes without.
+        `teacher_dims` are the teachers' widths by name, `mask_ratio` the share of patches a masked view goes without;
+        `weights`: false leaves pretrained ones out.
         """
         super().__init__()
-        built = build_student(config, teacher_width=next(iter(teacher_dims.values()), None))
+        built = build_student(config, teacher_width=next(iter(teacher_dims.values()), None), weights=weights)
         self.clip, self.contract, self.model_cfg, self.scale = built
         self.embed_dim: int = self.model_cfg["embed_dim"]
         self.towers = [name for name in heads.TOWERS if getattr(self.contract, name) is not None]

@@ -29,8 +29,10 @@ class Teacher(nn.Module):
     spec          what the objective has to know
     """
 
-    def __init__(self, config: TeacherConfig, *, name: str = "teacher"):
+    def __init__(self, config: TeacherConfig, *, name: str = "teacher", weights: bool = True):
         """Leaves torch's generator as it was: a seed gives the same student with and without a teacher.
+
+        `weights`: false leaves those out that would have to be fetched.
 
         Raises ConfigError when the model or its weights are not to be had.
         """
@@ -39,7 +41,7 @@ class Teacher(nn.Module):
         if name in dir(nn.ModuleDict()):
             raise ConfigError(f"{key}: torch's modules have an attribute of that name: give the teacher another")
         with torch.random.fork_rng(devices=[]):
-            self.clip, self.contract, self.embed_dim, scale = build_teacher(config, where=key)
+            self.clip, self.contract, self.embed_dim, scale = build_teacher(config, where=key, weights=weights)
         self.towers = tuple(name for name in ("image", "text") if getattr(self.contract, name) is not None)
         self.read = set(self.towers)
         self.logit_scale = 1 / config.temperature if config.temperature else math.exp(scale.log_scale)

@@ -32,6 +32,7 @@ from torchvision.transforms.functional import resize
 from kd_accel.models.hf_text import read_hf_tower
 from kd_accel.models.model_cfg import (
     TOWER_KEYS,
+    as_released,
     check_model_cfg,
     classifier_of,
     is_open_clips,
@@ -60,12 +61,18 @@ class Scale:
 
 
 def build_open_clip(
-    arch: str | dict[str, Any], *, pretrained: str | None, preprocess: PreprocessConfig | None, name: str
+    arch: str | dict[str, Any],
+    *,
+    pretrained: str | None,
+    preprocess: PreprocessConfig | None,
+    name: str,
+    weights: bool = True,
 ) -> tuple[nn.Module, InputContract, dict[str, Any], Scale]:
     """(model, contract, model_cfg, scale) of an open_clip architecture or of an inline model_cfg; the model is fp32.
 
     Fresh weights come from torch's global generator. The model has no logit_scale and logit_bias any more: DeepSpeed
     0.19.8 cannot prepare 0-dim parameters, and they train in fp32 elsewhere. `name` is the section of the config.
+    `weights`: false leaves those of `pretrained` and of its parts out.
     Raises ConfigError for an unknown architecture, key, tag or file, for sizes that do not fit each other, and for
     weights that cannot be fetched or do not fit.
     """
@@ -76,10 +83,12 @@ def build_open_clip(
     tag = get_pretrained_cfg(arch, pretrained) if isinstance(arch, str) and pretrained else {}
     if tag.get("quick_gelu"):
         model_cfg["quick_gelu"] = True  # open_clip would only warn, and the features would be wrong
-    file = None if pretrained is None else _weights_file(arch, pretrained, tag, f"{name}.pretrained")
+    file = _weights_file(arch, pretrained, tag, f"{name}.pretrained") if pretrained and weights else None
+    if not weights:
+        skip_downloads(model_cfg)
 
     model = construct(model_cfg, where=where)
-    skip_downloads(model_cfg)  # from here on, the weights come with the model
+    as_released(model_cfg)  # from here on, the weights come with the model
     if file is not None:
         _load_weights(model, file, f"{name}.pretrained")
     contract = input_contract(model, model_cfg, preprocess.model_dump() if preprocess else tag, where=where)

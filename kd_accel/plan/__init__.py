@@ -1,0 +1,1 @@
+"""What a training would cost: parameters, FLOPs, memory, network, hours, from shapes alone."""
