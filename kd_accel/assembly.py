@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from contextlib import closing
+from itertools import islice
 
+import torch
 from torch import Tensor, nn
 
-from kd_accel import distributed, terms
+from kd_accel import distributed, int8, terms
 from kd_accel.bindings import features_read, teacher_towers_read
 from kd_accel.config import TeacherConfig, TrainConfig, teachers_of
 from kd_accel.data.batches import BatchMaker
@@ -15,6 +18,7 @@ from kd_accel.data.loader import TrainLoader, rows_per_micro_batch
 from kd_accel.data.open import tar_fields
 from kd_accel.data.stream import TarStream, expand_streams
 from kd_accel.data.stream_loader import StreamLoader
+from kd_accel.data_config import DataConfig
 from kd_accel.fit import check_class_width, check_fit, check_towers, match_towers
 from kd_accel.models.class_embeddings import class_embeddings
 from kd_accel.models.inherit import inherit
@@ -24,12 +28,15 @@ from kd_accel.models.running_stats import running_statistics
 from kd_accel.models.sparsity import sparsify
 from kd_accel.models.student import Student
 from kd_accel.models.teacher import Teacher, key_of
+from kd_accel.models.towers import to_model_input
 from kd_accel.objective import Objective
 from kd_accel.schema import ConfigError
 from kd_accel.stored_teacher import StoredTeacher, check_store
 from kd_accel.terms import LabelCE, MaskedFeatureMSE
+from kd_accel.types import InputContract
 
 Teachers = dict[str, Teacher | StoredTeacher]
+CALIBRATION_SAMPLES, CALIBRATION_ROWS = 512, 64  # pictures that show the ranges of an int8 tower, so many at a time
 
 
 def build_teachers(config: TrainConfig, *, weights: bool = True) -> Teachers:
@@ -142,19 +149,50 @@ def build_loader(config: TrainConfig, student: Student, teachers: Teachers) -> T
     contracts = {name: model.wants for name, model in {"student": student, **teachers}.items()}
     ranks = {"rank": distributed.rank(), "world_size": distributed.world_size()}
     dealt = {"seed": config.seed, "accumulate": config.train.accumulate, **ranks}
-    if config.data.loader == "indexed":
-        return TrainLoader(config.data, contracts=contracts, stores=open_stores(config), **dealt)
-    data, maker = config.data, BatchMaker(config.data, contracts, seed=config.seed)
+    return _loader(config.data, contracts, dealt, stores=open_stores(config))
+
+
+def _loader(
+    data: DataConfig, contracts: dict[str, InputContract], dealt: dict[str, int], *, stores: dict[str, EmbeddingStore]
+) -> TrainLoader | StreamLoader:
+    """`dealt`: seed, accumulate, rank and world_size."""
+    if data.loader == "indexed":
+        return TrainLoader(data, contracts=contracts, stores=stores, **dealt)
+    maker = BatchMaker(data, contracts, seed=dealt["seed"])
     fields = tar_fields(data, images=maker.reads_images, captions=maker.reads_captions)
     urls = expand_streams(data.shards, allow_pipe=data.allow_pipe)
     return StreamLoader(
-        TarStream(urls, seed=config.seed, buffer=data.stream_buffer, **fields),
+        TarStream(urls, seed=dealt["seed"], buffer=data.stream_buffer, **fields),
         maker,
         samples_per_epoch=data.num_samples,
-        batch_size=rows_per_micro_batch(data, ranks["world_size"], config.train.accumulate),
+        batch_size=rows_per_micro_batch(data, dealt["world_size"], dealt["accumulate"]),
         num_workers=data.num_workers,
         **dealt,
     )
+
+
+def quantise_student(config: TrainConfig, student: Student, *, global_batch: int, device: torch.device) -> None:
+    """Where `compress.int8` asks for it, let the image tower learn as int8; collective, after `fit_models`.
+
+    Its ranges come from the first pictures of the data, whatever the ranks: every rank looks at all of them, and takes
+    over what rank 0 found. Raises ConfigError.
+    """
+    name = config.compress.int8
+    if name is None:
+        return
+    if "image" not in student.read:
+        raise ConfigError("compress.int8 quantises the image tower, which the student lacks or no term reads: drop it")
+    with distributed.failing_together():
+        backend, wanted = int8.backend(name), student.contract.only({"image"})
+        rows = min(CALIBRATION_ROWS, global_batch)
+        data = config.data.model_copy(update={"batch_size": rows, "global_batch_size": None})
+        dealt = {"seed": config.seed, "accumulate": 1, "rank": 0, "world_size": 1}
+        with closing(iter(_loader(data, {"student": wanted}, dealt, stores={}))) as steps:
+            views = [step[0].image.to(device) for step in islice(steps, CALIBRATION_SAMPLES // rows)]
+        pixels = [to_model_input(view, wanted.image, torch.float32) for view in views]
+        student.clip.visual = backend.insert(student.clip.visual.to(device), pixels)
+    student.clip.visual.load_state_dict(distributed.from_main(student.clip.visual.state_dict()))
+    student.int8 = name
 
 
 def build_objective(config: TrainConfig, student: Student, teachers: Teachers, loader: TrainLoader) -> Objective:
@@ -181,6 +219,10 @@ def remarks(config: TrainConfig, student: Student) -> list[str]:
     said += student.inherited
     if student.sparse is not None:
         said.append(student.sparse)
+    if config.compress.int8 is not None:
+        said.append(
+            f"int8 by {config.compress.int8}: the image tower's ranges are those of the first pictures of the data"
+        )
     if student.locked:
         said.append(f"frozen by student.lock: {', '.join(student.locked)}")
     if student.frozen:

@@ -29,6 +29,7 @@ from torch import Tensor
 from kd_accel import distributed
 from kd_accel.config import SaveConfig, TrainConfig
 from kd_accel.engine import Engine
+from kd_accel.int8 import split_clip
 from kd_accel.masters import EMA, MOMENTS, OptimizerState
 from kd_accel.memory_files import load_memory, memory_snapshot
 from kd_accel.metrics import flat
@@ -40,7 +41,7 @@ from kd_accel.schema import ConfigError, dump, load
 
 LATEST, FILES = "latest", "files.json"
 # Sections and keys that decide what is learned: a resumed run may not change them.
-FIXED = ("seed", "student", "teacher", "teachers", "objective", "data")
+FIXED = ("seed", "student", "teacher", "teachers", "objective", "data", "compress")
 FREE = ("data.num_workers", "data.max_bad_fraction", "data.batch_size", "data.global_batch_size")
 FREE += ("objective.chunk_rows", "objective.memory", "student.grad_checkpointing", "teacher.placement")
 FREE += ("teacher.store",)
@@ -92,8 +93,12 @@ def take_snapshot(*, engine: Engine, objective: Objective, state: TrainState, co
 
 def release_of(student: Student, objective: Objective, weights: dict[str, Tensor]) -> dict[str, Any]:
     """What `write_release` wants of the student with these weights, which `Masters.weights` returned."""
+    state, int8 = student.release_state(weights), None
+    if student.int8 is not None:
+        state, int8 = split_clip(student.int8, state)
     return {
-        "state": student.release_state(weights),
+        "state": state,
+        "int8": int8,
         "model_cfg": student.model_cfg,
         "contract": student.contract,
         "log_scale": objective.log_logit_scale,

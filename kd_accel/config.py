@@ -77,7 +77,14 @@ class TrainConfig(Schema):
 
     @model_validator(mode="after")
     def _compresses_what_is_trained(self):
-        if self.compress.sparsity and self.student.init is None and self.student.pretrained is None:
+        if self.student.init is not None or self.student.pretrained is not None:
+            return self
+        if self.compress.int8:
+            raise ValueError(
+                "compress.int8 takes ranges from weights and activations, which of an untrained student say nothing:"
+                " train it in float first, and give that run as student.init (or student.pretrained)"
+            )
+        if self.compress.sparsity:
             raise ValueError(
                 "compress.sparsity keeps the largest weights, which of an untrained student say nothing: train it dense"
                 " first, and give that run as student.init (or student.pretrained)"

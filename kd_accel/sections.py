@@ -254,6 +254,8 @@ class CompressConfig(Schema):
 
     sparsity: Literal["2:4"] | None = None
     """2:4: of every four neighbouring weights two are zero from the first step on; null: dense."""
+    int8: Literal["modelopt", "torchao"] | None = None
+    """Train the image tower as rounded to 8 bits, its image.onnx has int8: modelopt for TensorRT, torchao for CPUs."""
 
 
 class SaveConfig(Schema):

@@ -101,6 +101,8 @@ class Trainer:
         self.evaluation.check(self.student)
         self.config = config = assembly.fit_models(config, self.student, self.teachers)
         self.loader = self._build_loader()
+        sizes = {"global_batch": self.loader.global_batch, "device": self.accelerator.device}
+        assembly.quantise_student(config, self.student, **sizes)
         objective = assembly.build_objective(config, self.student, self.teachers, self.loader)
         self.objective = objective.to(self.accelerator.device)
         set_seed(config.seed + 1 + distributed.rank())  # dropout differs from here on

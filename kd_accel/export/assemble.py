@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kd_accel.export_config import ExportConfig
 from kd_accel.models.hf_text import HFTextTower
+from kd_accel.models.int8_state import Int8State, read_int8
 from kd_accel.models.release import read_release, resolve_release
 from kd_accel.models.towers import Scale
 from kd_accel.schema import ConfigError
@@ -28,6 +29,7 @@ class Exported:
     contract: InputContract
     scale: Scale
     hf_text: HFTextTower | None
+    int8: Int8State | None  # of the image tower
 
 
 def load_exported(config: ExportConfig) -> Exported:
@@ -39,7 +41,7 @@ def load_exported(config: ExportConfig) -> Exported:
         if source is not None:
             found = _joined(found, _read(source), tower, f"{tower}_from={source}")
     scale = found.scale if config.logit_scale is None else Scale(math.log(config.logit_scale), found.scale.bias)
-    return Exported(found.sources, found.state, found.model_cfg, found.contract, scale, found.hf_text)
+    return replace(found, scale=scale)
 
 
 def _read(path: str) -> Exported:
@@ -47,7 +49,7 @@ def _read(path: str) -> Exported:
     model, contract, model_cfg, scale = read_release(release)
     text = getattr(model, "text", None)
     hf_text = text if isinstance(text, HFTextTower) else None
-    return Exported((release,), model.state_dict(), model_cfg, contract, scale, hf_text)
+    return Exported((release,), model.state_dict(), model_cfg, contract, scale, hf_text, read_int8(release))
 
 
 def _joined(ours: Exported, theirs: Exported, tower: str, given: str) -> Exported:
@@ -78,7 +80,8 @@ def _joined(ours: Exported, theirs: Exported, tower: str, given: str) -> Exporte
         key: tensor for key, tensor in convert_to_custom_text_state_dict(text.state).items() if key.startswith("text.")
     }
     contract = InputContract(image.contract.image, text.contract.text)
-    return Exported((*ours.sources, *theirs.sources), state, model_cfg, contract, text.scale, text.hf_text)
+    sources = *ours.sources, *theirs.sources
+    return Exported(sources, state, model_cfg, contract, text.scale, text.hf_text, image.int8)
 
 
 def _quick_gelu(exported: Exported, tower: str) -> bool | None:

@@ -124,4 +124,9 @@ def _checked(parities: list[Parity]) -> str:
     for parity in parities:
         values = " | ".join("" if v is None else f"{v:.1e}" for v in (parity.image, parity.text, parity.cosine))
         lines.append(f"| {parity.format} | {values} | {LIMITS[parity.format]:g} |")
+    if any(parity.format == "int8" for parity in parities):
+        lines += [
+            "",
+            "int8: `image.onnx` has 8-bit integers; compared with the tower as it was trained, by 1 - cosine.",
+        ]
     return "\n".join([head, *lines])

@@ -7,6 +7,8 @@ raw features. Above 2 GB the weights lie beside a graph, in NAME.onnx.data.
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import torch
 from open_clip.tokenizer import HFTokenizer
 from torch import Tensor, nn
 
+from kd_accel.int8 import Int8Tower
 from kd_accel.models.onnx_meta import FILE, OnnxImage, OnnxMeta, OnnxText
 from kd_accel.models.text import encode_text
 from kd_accel.models.towers import Scale
@@ -44,19 +47,32 @@ class _TextGraph(nn.Module):
 
 
 def write_onnx(
-    directory: Path, *, model: nn.Module, contract: InputContract, embed_dim: int, scale: Scale, name: str
+    directory: Path,
+    *,
+    model: nn.Module,
+    contract: InputContract,
+    embed_dim: int,
+    scale: Scale,
+    name: str,
+    int8: Int8Tower | None = None,
 ) -> None:
     """Add the files of the towers that `model` has, fp32 on the CPU in eval mode, to `directory`.
 
-    A tokenizer of transformers must lie there already. Raises ConfigError for a tower that cannot be exported, and
-    where the extra is not installed.
+    `int8` takes the place of the image tower. A tokenizer of transformers must lie there already. Raises ConfigError
+    for a tower that cannot be exported, and where the extra is not installed.
     """
     image = text = None
     if contract.image is not None:
-        _write(_ImageGraph(model), "image", torch.zeros(2, 3, *contract.image.size), directory)
+        example = torch.zeros(2, 3, *contract.image.size)
+        with _exporting("image"):
+            if int8 is not None:
+                int8.write(directory / "image.onnx", example)
+            else:
+                _write(_ImageGraph(model), "image", example, directory)
         image = _image(contract.image)
     if contract.text is not None:
-        _write(_TextGraph(model), "text", contract.text.tokenize(["a", "b"]), directory)
+        with _exporting("text"):
+            _write(_TextGraph(model), "text", contract.text.tokenize(["a", "b"]), directory)
         text = _text(contract.text)
     logit_scale = float(torch.tensor(scale.log_scale).exp())
     meta = OnnxMeta(
@@ -66,27 +82,33 @@ def write_onnx(
 
 
 def _write(graph: nn.Module, name: str, example: Tensor, directory: Path) -> None:
+    size = sum(tensor.numel() * tensor.element_size() for tensor in graph.state_dict().values())
+    torch.onnx.export(
+        graph.eval(),
+        (example,),
+        directory / f"{name}.onnx",
+        dynamo=True,
+        opset_version=OPSET,
+        input_names=[name],
+        output_names=[f"{name}_features"],
+        dynamic_shapes={name: {0: torch.export.Dim("batch", min=1, max=MAX_BATCH)}},
+        external_data=size > LARGEST,
+        verify=False,
+        verbose=False,
+    )
+
+
+@contextmanager
+def _exporting(name: str) -> Iterator[None]:
+    """The exporter's words and errors as ours."""
     try:
         import onnxscript  # noqa: F401  the exporter needs it, and says so only in the middle of its work
     except ImportError:
         raise ConfigError('format=onnx needs the extra "export": pip install "kd-accel[export]"') from None
-    size = sum(tensor.numel() * tensor.element_size() for tensor in graph.state_dict().values())
     said, before = logging.getLogger("torch.onnx"), logging.getLogger("torch.onnx").level
     said.setLevel(logging.ERROR)
     try:
-        torch.onnx.export(
-            graph.eval(),
-            (example,),
-            directory / f"{name}.onnx",
-            dynamo=True,
-            opset_version=OPSET,
-            input_names=[name],
-            output_names=[f"{name}_features"],
-            dynamic_shapes={name: {0: torch.export.Dim("batch", min=1, max=MAX_BATCH)}},
-            external_data=size > LARGEST,
-            verify=False,
-            verbose=False,
-        )
+        yield
     except Exception as error:  # what the exporter raises for a module it cannot trace has no narrower base
         reason = " ".join(str(error).split())[:300]
         raise ConfigError(

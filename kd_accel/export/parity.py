@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kd_accel.evals.onnx_encoder import open_onnx
+from kd_accel.int8 import Int8Tower
 from kd_accel.models.model_cfg import is_open_clips
 from kd_accel.models.release import read_release
 from kd_accel.models.text import encode_text
@@ -25,6 +26,7 @@ from kd_accel.types import ImageInput, InputContract
 TEXTS = ["a photo of a cat", "", "Two DOGS running on the beach, 12 %!", "word " * 40, "é 日本 🙂"]
 BATCHES = (1, 2, 5)  # a graph may have learnt the size that it was traced with
 LIMITS = {"open_clip": 0.0, "transformers": 1e-5, "onnx": 1e-4}  # of every number of a unit row
+LIMITS["int8"] = 0.01  # of 1 - cosine of a picture: where a number lies between two integers, rounding may go both ways
 
 EncodeImages = Callable[[Tensor], Tensor]  # uint8 [b, 3, h, w] -> raw [b, d]
 EncodeTexts = Callable[[list[str]], Tensor]  # b texts -> raw [b, d]
@@ -33,7 +35,7 @@ Towers = tuple[EncodeImages | None, EncodeTexts | None]
 
 @dataclass(frozen=True)
 class Parity:
-    """The largest difference of any number, for one format; None: there is no such tower."""
+    """The largest difference of any number, for one format, of int8 the largest 1 - cosine; None: no such tower."""
 
     format: str
     image: float | None  # of unit features
@@ -41,24 +43,57 @@ class Parity:
     cosine: float | None  # of every picture with every text
 
 
+def check_all(
+    directory: Path, formats: list[str], *, model: nn.Module, contract: InputContract, int8: Int8Tower | None
+) -> list[Parity]:
+    """`check` of every format; with `int8` image.onnx is compared with that tower. Raises ConfigError."""
+    found = []
+    for name in formats:
+        compared = contract
+        if name == "onnx" and int8 is not None:
+            found.append(_check_int8(directory, int8, contract.image))
+            compared = contract.only({"text"})
+        if compared.image is not None or compared.text is not None:
+            found.append(check(directory, name, model=model, contract=compared))
+    return found
+
+
 @torch.no_grad()
 def check(directory: Path, format_: str, *, model: nn.Module, contract: InputContract) -> Parity:
     """Raises ConfigError for a format that differs by more than its limit: it would not be the student."""
-    generator = torch.Generator().manual_seed(0)
-    size = (64, 64) if contract.image is None else contract.image.size
-    views = torch.randint(0, 256, (max(BATCHES), 3, *size), dtype=torch.uint8, generator=generator)
+    views = _views((64, 64) if contract.image is None else contract.image.size)
     ours, theirs = _of_model(model, contract), FORMATS[format_](directory, contract)
     worst: dict[str, float] = {}
     for count in BATCHES:
         one, other = (_features(towers, views[:count], TEXTS[:count]) for towers in (ours, theirs))
         for name in one:
             worst[name] = max(worst.get(name, 0.0), (one[name] - other[name]).abs().max().item())
-    if (largest := max(worst.values())) > LIMITS[format_]:
+    _check_limit(format_, max(worst.values()))
+    return Parity(format_, *(worst.get(name) for name in ("image", "text", "cosine")))
+
+
+@torch.no_grad()
+def _check_int8(directory: Path, int8: Int8Tower, image: ImageInput) -> Parity:
+    views, (encode_images, _) = _views(image.size), _onnx(directory, InputContract(image, None))
+    worst = 0.0
+    for count in BATCHES:
+        ours, theirs = int8.tower(_pixels(views[:count], image)), encode_images(views[:count])
+        worst = max(worst, (1 - F.cosine_similarity(ours, theirs)).max().item())
+    _check_limit("int8", worst)
+    return Parity("int8", worst, None, None)
+
+
+def _check_limit(format_: str, largest: float) -> None:
+    if largest > LIMITS[format_]:
         raise ConfigError(
             f"format={format_}: the files differ from the model by {largest:.2g}, more than {LIMITS[format_]:g}:"
             " nothing is released"
         )
-    return Parity(format_, *(worst.get(name) for name in ("image", "text", "cosine")))
+
+
+def _views(size: tuple[int, int]) -> Tensor:  # uint8 [b, 3, h, w]
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, 256, (max(BATCHES), 3, *size), dtype=torch.uint8, generator=generator)
 
 
 def _features(towers: Towers, views: Tensor, texts: list[str]) -> dict[str, Tensor]:

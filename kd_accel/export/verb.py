@@ -3,6 +3,7 @@
     FOLDER/open_clip_config.json  open_clip_model.safetensors  tokenizer files      always
            config.json  model.safetensors  preprocessor_config.json                 transformers: CLIPModel
            image.onnx  text.onnx  meta.json                                         onnx
+           int8.safetensors                              of a student that was trained as int8
            README.md                                                                the model card
 
 Every format is loaded again and compared with the student; the folder appears whole, or not at all.
@@ -16,9 +17,10 @@ from pathlib import Path
 from kd_accel.export.assemble import Exported, load_exported
 from kd_accel.export.card import write_card
 from kd_accel.export.onnx_files import write_onnx
-from kd_accel.export.parity import Parity, check
+from kd_accel.export.parity import Parity, check_all
 from kd_accel.export.transformers_clip import check_plain_clip, write_transformers_clip
 from kd_accel.export_config import ExportConfig
+from kd_accel.int8 import restore
 from kd_accel.models.release import read_release, write_release
 from kd_accel.schema import ConfigError
 
@@ -41,7 +43,8 @@ def run(config: ExportConfig) -> None:
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     for parity in parities:
-        print(f"{parity.format}: largest difference of unit features {_largest(parity):.2g}")
+        what = "1 - cosine of a picture" if parity.format == "int8" else "difference of unit features"
+        print(f"{parity.format}: largest {what} {_largest(parity):.2g}")
     print(f"written to {out}")
 
 
@@ -56,16 +59,20 @@ def _write(folder: Path, exported: Exported, config: ExportConfig) -> list[Parit
         log_scale=exported.scale.log_scale,
         logit_bias=exported.scale.bias,
         hf_text=exported.hf_text,
+        int8=exported.int8,
     )
     model, contract, model_cfg, scale = read_release(folder)
     if "transformers" in config.format:
         state = model.state_dict()
         write_transformers_clip(folder, state=state, model_cfg=model_cfg, contract=contract, log_scale=scale.log_scale)
+    int8 = None
     if "onnx" in config.format:
+        if exported.int8 is not None:
+            int8 = restore(folder, exported.int8)
         name, width = Path(config.out).name, model_cfg["embed_dim"]
-        write_onnx(folder, model=model, contract=contract, embed_dim=width, scale=scale, name=name)
-    formats = dict.fromkeys(["open_clip", *config.format])
-    parities = [check(folder, name, model=model, contract=contract) for name in formats]
+        write_onnx(folder, model=model, contract=contract, embed_dim=width, scale=scale, name=name, int8=int8)
+    formats = list(dict.fromkeys(["open_clip", *config.format]))
+    parities = check_all(folder, formats, model=model, contract=contract, int8=int8)
     write_card(folder, config, exported, parities)
     return parities
 

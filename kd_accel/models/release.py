@@ -3,6 +3,7 @@
     open_clip_config.json          {"model_cfg": ..., "preprocess_cfg": ...}
     open_clip_model.safetensors    fp32, with logit_scale and, for sigmoid losses, logit_bias
     vocab.json merges.txt tokenizer.json tokenizer_config.json
+    int8.safetensors               of a student that was trained as int8: int8_state.py
 
     open_clip.create_model_and_transforms("local-dir:DIRECTORY"); open_clip.get_tokenizer("local-dir:DIRECTORY")
 
@@ -25,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from kd_accel.models.hf_text import HFTextTower, write_hf_tower
+from kd_accel.models.int8_state import Int8State, write_int8
 from kd_accel.models.model_cfg import as_released
 from kd_accel.models.towers import CLIP_BPE, Scale, construct, input_contract, take_scale
 from kd_accel.schema import ConfigError
@@ -43,11 +45,13 @@ def write_release(
     log_scale: float,
     logit_bias: float | None,
     hf_text: HFTextTower | None = None,
+    int8: Int8State | None = None,
 ) -> None:
     """Write `directory`, which must not exist yet: complete or not at all.
 
     `state` is the open_clip state without its scales; floating-point tensors are written as fp32. Of a text tower of
-    HuggingFace, `hf_text`, the config.json lies beside them.
+    HuggingFace, `hf_text`, the config.json lies beside them; of a quantised image tower what its quantisers hold,
+    `int8`.
     """
     assert not directory.exists(), f"{directory} is already there"
     partial = directory.with_name(f".partial_{directory.name}")
@@ -63,6 +67,8 @@ def write_release(
         write_hf_tower(hf_text, contract.text, partial)
     else:
         _write_tokenizer(partial, contract.text)
+    if int8 is not None:
+        write_int8(int8, partial)
     os.rename(partial, directory)
 
 

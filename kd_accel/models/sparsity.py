@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from open_clip.modified_resnet import AttentionPool2d
 from torch import Tensor, nn
 
 MASK = "sparsity_mask"  # a buffer beside each sparse weight; in checkpoints, not in releases
@@ -29,6 +30,7 @@ class SparseConv2d(nn.Conv2d):
 
 
 KINDS = {nn.Linear: SparseLinear, nn.Conv2d: SparseConv2d}
+ATTENTION = nn.MultiheadAttention, AttentionPool2d  # they read the matrices of the layers inside them themselves
 
 
 @torch.no_grad()
@@ -36,11 +38,10 @@ def sparsify(model: nn.Module) -> dict[str, int]:
     """Make every eligible layer inside `model` sparse, by the sizes of its weights; returns how many weights each has.
 
     Eligible are Linear and Conv2d that are trained, whose inputs are a multiple of 16 and outputs of 8, as the kernels
-    want it, and that are used as layers: the matrices of torch's MultiheadAttention are not, it reads them itself.
+    want it, and that are used as layers: the matrices inside torch's MultiheadAttention and open_clip's AttentionPool2d
+    are not.
     """
-    inside_attention = {
-        id(part) for m in model.modules() if isinstance(m, nn.MultiheadAttention) for part in m.modules()
-    }
+    inside_attention = {id(part) for m in model.modules() if isinstance(m, ATTENTION) for part in m.modules()}
     found = {}
     for name, module in model.named_modules():
         if type(module) in KINDS and id(module) not in inside_attention and _fits(module):

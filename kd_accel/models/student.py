@@ -36,6 +36,7 @@ class Student(nn.Module):
     inherited       what it starts from of another model, in words
     locked          what `lock` freezes, in words
     sparse          None, or what of it 2:4 sparsity holds, in words
+    int8            None, or which backend of kd_accel.int8 quantised its image tower
     unread          towers that are not even run
     """
 
@@ -62,6 +63,7 @@ class Student(nn.Module):
         self.locked = lock(self.clip, config.lock)
         self.inherited: list[str] = []
         self.sparse: str | None = None
+        self.int8: str | None = None
         self.mask = None if mask_ratio is None else PatchMask.install(self.clip.visual, mask_ratio)
         self.projector = self.prototype_head = self.class_head = None
         self.frozen: list[str] = []

@@ -23,4 +23,4 @@ def test_commands_are_accepted(command):
 
 def test_what_is_compared_is_as_the_page_says():
     assert (BATCHES, len(TEXTS)) == ((1, 2, 5), 5)
-    assert LIMITS == {"open_clip": 0, "transformers": 1e-5, "onnx": 1e-4}
+    assert LIMITS == {"open_clip": 0, "transformers": 1e-5, "onnx": 1e-4, "int8": 0.01}
