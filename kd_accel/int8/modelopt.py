@@ -6,6 +6,7 @@ torch computes (open_clip's ViTs). A range is the largest number that the batche
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from contextlib import redirect_stdout
 from io import StringIO
@@ -47,14 +48,16 @@ def write(tower: nn.Module, file: Path, example: Tensor) -> None:
 
     By torch's older exporter: the newer one cannot look into the quantisers.
     """
-    torch.onnx.export(
-        tower.eval(),
-        (example,),
-        str(file),
-        dynamo=False,
-        opset_version=OPSET,
-        input_names=["image"],
-        output_names=["image_features"],
-        dynamic_axes={"image": {0: "batch"}, "image_features": {0: "batch"}},
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it says that it is the older one, and which sizes it takes for constants
+        torch.onnx.export(
+            tower.eval(),
+            (example,),
+            str(file),
+            dynamo=False,
+            opset_version=OPSET,
+            input_names=["image"],
+            output_names=["image_features"],
+            dynamic_axes={"image": {0: "batch"}, "image_features": {0: "batch"}},
+        )
     store_int8_weights(file)
