@@ -68,6 +68,8 @@ class StudentConfig(Schema):
     """Pixels of a side that timm/ and torchvision/ students see; null: those of the published weights."""
     context_length: int = Field(77, gt=0)
     """Tokens of a caption that an hf/ student sees."""
+    pooling: Literal["mean", "cls", "max", "last", "pooler"] = "mean"
+    """How an hf/ student makes one embedding of its tokens; cls and pooler fit transformers' VisionTextDualEncoder."""
     lock: dict[Literal["image", "text"], Annotated[int, Field(ge=0)]] = {}
     """Towers that are frozen but for their last N groups of layers (LiT, arXiv 2111.07991): {image: 0}."""
     preprocess: PreprocessConfig | None = None

@@ -66,7 +66,7 @@ def _one_tower_cfg(prefix: str, name: str, config: StudentConfig, teacher_width:
 
 
 def _text_cfg(name: str, config: StudentConfig) -> dict[str, Any]:
-    return hf_text_cfg(name, pooling="mean", proj="linear", context_length=config.context_length)
+    return hf_text_cfg(name, pooling=config.pooling, proj="linear", context_length=config.context_length)
 
 
 def build_teacher(
