@@ -32,9 +32,9 @@ from kd_accel.models.release import read_release  # a tower of it is none of ope
 model, contract, model_cfg, scale = read_release(Path("FOLDER"))
 ```"""
 TRANSFORMERS = """```python
-from transformers import CLIPModel, CLIPProcessor
+from transformers import AutoModel, AutoProcessor
 
-model, processor = CLIPModel.from_pretrained("FOLDER"), CLIPProcessor.from_pretrained("FOLDER")
+model, processor = AutoModel.from_pretrained("FOLDER"), AutoProcessor.from_pretrained("FOLDER")
 ```"""
 ONNX = """```bash
 kd-accel eval FOLDER/image.onnx text_from=FOLDER/text.onnx data=datasets/zeroshot

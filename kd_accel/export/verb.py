@@ -1,7 +1,7 @@
 """kd-accel export RUN out=FOLDER format=open_clip,transformers,onnx: a student, ready for those who use it.
 
     FOLDER/open_clip_config.json  open_clip_model.safetensors  tokenizer files      always
-           config.json  model.safetensors  preprocessor_config.json                 transformers: CLIPModel
+           config.json  model.safetensors  processor_config.json     transformers: CLIPModel, VisionTextDualEncoderModel
            image.onnx  text.onnx  meta.json                                         onnx
            int8.safetensors                              of a student that was trained as int8
            README.md                                                                the model card
@@ -16,6 +16,7 @@ from pathlib import Path
 
 from kd_accel.export.assemble import Exported, load_exported
 from kd_accel.export.card import write_card
+from kd_accel.export.dual_encoder import check_dual_encoder, write_dual_encoder
 from kd_accel.export.onnx_files import write_onnx
 from kd_accel.export.parity import Parity, check_all
 from kd_accel.export.transformers_clip import check_plain_clip, write_transformers_clip
@@ -32,7 +33,7 @@ def run(config: ExportConfig) -> None:
         raise ConfigError(f"out={out}: is there already: name another folder, or remove it")
     exported = load_exported(config)
     if "transformers" in config.format:
-        check_plain_clip(exported.model_cfg, exported.contract)
+        _check_transformers(exported)
     partial = out.with_name(f".exporting_{out.name}")
     shutil.rmtree(partial, ignore_errors=True)  # left by a process that was killed
     try:
@@ -46,6 +47,13 @@ def run(config: ExportConfig) -> None:
         what = "1 - cosine of a picture" if parity.format == "int8" else "difference of unit features"
         print(f"{parity.format}: largest {what} {_largest(parity):.2g}")
     print(f"written to {out}")
+
+
+def _check_transformers(exported: Exported) -> None:
+    if exported.hf_text is None:
+        check_plain_clip(exported.model_cfg, exported.contract)
+    else:
+        check_dual_encoder(exported.model_cfg, exported.contract, exported.hf_text)
 
 
 def _write(folder: Path, exported: Exported, config: ExportConfig) -> list[Parity]:
@@ -63,8 +71,12 @@ def _write(folder: Path, exported: Exported, config: ExportConfig) -> list[Parit
     )
     model, contract, model_cfg, scale = read_release(folder)
     if "transformers" in config.format:
-        state = model.state_dict()
-        write_transformers_clip(folder, state=state, model_cfg=model_cfg, contract=contract, log_scale=scale.log_scale)
+        values = {"state": model.state_dict(), "model_cfg": model_cfg, "contract": contract}
+        values["log_scale"] = scale.log_scale
+        if exported.hf_text is None:
+            write_transformers_clip(folder, **values)
+        else:
+            write_dual_encoder(folder, text=exported.hf_text, **values)
     int8 = None
     if "onnx" in config.format:
         if exported.int8 is not None:

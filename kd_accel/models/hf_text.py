@@ -176,6 +176,8 @@ def read_hf_tower(
 def _config(source: str, changes: dict[str, Any], where: str) -> PreTrainedConfig:
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        if config.model_type == "vision-text-dual-encoder" and not changes:
+            config = config.text_config  # of a release with transformers' files
     except _NOT_TO_BE_HAD as error:
         raise _unavailable("model", source, where, error) from error
     if not (hasattr(config, "hidden_size") and hasattr(config, "vocab_size")):
@@ -183,7 +185,8 @@ def _config(source: str, changes: dict[str, Any], where: str) -> PreTrainedConfi
     if unknown := [key for key in changes if not hasattr(config, key)]:
         raise ConfigError(f"{where}.hf_config.{unknown[0]}: no such key in the config.json of {source}")
     try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False, **changes)
+        if changes:
+            config = AutoConfig.from_pretrained(source, trust_remote_code=False, **changes)
         config.validate()  # else a release, after training, would find out
     except (StrictDataclassError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]

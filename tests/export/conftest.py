@@ -13,6 +13,13 @@ from kd_accel.models.hf_text import HFTextTower
 from kd_accel.models.release import write_release
 from kd_accel.models.towers import build_open_clip
 
+CUSTOM = {
+    "embed_dim": 12,
+    "quick_gelu": True,
+    "custom_text": True,
+    "vision_cfg": {"image_size": 36, "patch_size": 12, "width": 24, "layers": 3, "head_width": 6, "mlp_ratio": 2.5},
+    "text_cfg": {"context_length": 20, "width": 16, "heads": 4, "layers": 2, "mlp_ratio": 3.0},
+}
 RESNET = {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "head_width": 16}
 
 
@@ -31,10 +38,20 @@ def _arch(kind: str, folder: Path) -> dict:
             return {"embed_dim": 8, "text_cfg": arch["text_cfg"]}
         case "timm alone":
             return {"embed_dim": 8, "vision_cfg": {"timm_classifier": "resnet10t", "image_size": 64}}
+        case "custom":
+            return CUSTOM
         case "hf text":
-            name = str(tiny_hf.write_text_model(folder / "bert"))
-            text = {"hf_model_name": name, "hf_pooler_type": "mean_pooler", "hf_proj_type": "linear"}
-            return arch | {"text_cfg": text | {"context_length": 12, "hf_tokenizer_name": name}}
+            return arch | {"text_cfg": _hf_text(folder, "mean_pooler")}
+        case "hf first token":
+            return arch | {"text_cfg": _hf_text(folder, "cls_last_hidden_state_pooler")}
+        case "hf alone":
+            return {"embed_dim": 8, "text_cfg": _hf_text(folder, "cls_last_hidden_state_pooler")}
+
+
+def _hf_text(folder: Path, pooler: str) -> dict:
+    name = str(tiny_hf.write_text_model(folder / "bert"))
+    text = {"hf_model_name": name, "hf_pooler_type": pooler, "hf_proj_type": "linear"}
+    return text | {"context_length": 12, "hf_tokenizer_name": name}
 
 
 def _write(folder: Path, arch: dict) -> Path:
