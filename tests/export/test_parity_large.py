@@ -52,7 +52,9 @@ def test_they_are_found_in_another_folder(large, releases, tmp_path):
 def test_a_graph_without_its_weights_is_refused(large, tmp_path):
     """In one line."""
     shutil.copytree(large, tmp_path / "half", ignore=shutil.ignore_patterns("*.data"))
-    with pytest.raises(ConfigError, match=r"^.*image\.onnx: onnxruntime cannot load it: .*External data path does not exist.*$"):
+    with pytest.raises(
+        ConfigError, match=r"^.*image\.onnx: onnxruntime cannot load it: .*External data path does not exist.*$"
+    ):
         load_encoder(tmp_path / "half" / "image.onnx")
 
 
