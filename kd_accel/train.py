@@ -38,6 +38,8 @@ from kd_accel.types import Batch
 
 log = logging.getLogger("kd_accel")
 
+STOPPED = "stopped"  # in a run's folder: a signal ended it before its last step, and resume=auto goes on
+
 
 def run(config: TrainConfig) -> None:
     """Train to the end of `config.optim`, or to a signal; a run that is already there only says so.
@@ -212,9 +214,16 @@ class Trainer:
             self.saver.save(engine=self.engine, objective=self.objective, state=self.state, at_end=at_end)
         if stop:
             signals.received = signals.received or "a signal to another rank"
-            if distributed.is_main():
-                log.info("stopped by %s after step %d; resume=auto goes on", signals.received, self.state.step)
+            self._say_stopped(signals.received)
         return stop
+
+    def _say_stopped(self, signal: str) -> None:
+        """In the log, and in a file for launchers when steps are left; collective."""
+        step = self.state.step
+        if distributed.is_main():
+            log.info("stopped by %s after step %d; resume=auto goes on", signal, step)
+        if step < self.total_steps:
+            distributed.on_main(lambda: replace_text(self.folder / STOPPED, f"{signal} after step {step}\n"))
 
     def _evaluate_if_due(self, signals: StopSignals) -> bool:
         """Evaluate the student by step; whether the run is to stop here, by a signal that came meanwhile."""
@@ -289,6 +298,7 @@ class Trainer:
     def _make_folder(self) -> None:
         try:
             (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+            (self.folder / STOPPED).unlink(missing_ok=True)
             replace_text(self.folder / "config.yaml", dump(self.config))
             write_environment(self.folder)
         except OSError as error:

@@ -24,6 +24,7 @@ from distributed.test_resume import SHARDED, TWO, command, curve, zero
 from safetensors.torch import load_file
 
 from kd_accel import checkpoint
+from kd_accel.train import STOPPED
 
 pytestmark = pytest.mark.distributed
 
@@ -152,7 +153,10 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(start, whole, tmp_pa
     assert 5 <= step < STEPS
     assert checkpoint.newest(tmp_path / "stopped").name == f"step_{step:08d}"
     assert len(curve(tmp_path / "stopped")) == step
+    word = tmp_path / "stopped" / STOPPED  # for launchers, which cannot tell it from a run that is done
+    assert word.read_text().endswith(f" after step {step}\n")
     assert start("stopped", "resume=auto", *extra, **options).wait() == [0, 0]
+    assert not word.exists()
     assert_same_run(tmp_path / "stopped", whole)
 
 
