@@ -15,6 +15,7 @@ from typing import Any, ClassVar, get_origin
 from kd_accel import __version__
 from kd_accel.help import explain
 from kd_accel.schema import ConfigError, LocalError, Schema, alternatives, did_you_mean, dump, load
+from kd_accel.slurm import adopt_tasks
 
 
 class HelpConfig(Schema):
@@ -123,6 +124,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"kd-accel {__version__}")
         return 0
     try:
+        adopt_tasks(os.environ)
         verb, config = parse(words)
         return _named(VERBS[verb][1])(config) or 0
     except ConfigError as error:
