@@ -66,7 +66,8 @@ def test_an_invalid_config_is_found(tmp_path):
 
 
 def test_every_launcher_has_its_line_here():
-    assert {path.stem for path in (REPO / "launch").glob("*.yaml")} == set(LAUNCHERS)
+    """All YAML files there but SkyPilot's are accelerate's."""
+    assert {path.stem for path in (REPO / "launch").glob("*.yaml")} - {"skypilot"} == set(LAUNCHERS)
 
 
 @pytest.mark.parametrize("name", LAUNCHERS)
