@@ -23,6 +23,8 @@ from conftest import REPO
 from deepspeed.launcher.runner import fetch_hostfile
 from test_readme import check, commands
 
+from kd_accel import cli
+
 LAUNCH = REPO / "launch"
 SOURCED = "venv.sh"  # not to be started by itself
 FILES = sorted(path for path in LAUNCH.rglob("*.*") if path.name != SOURCED)
@@ -68,6 +70,20 @@ def test_the_docs_name_every_file():
 def test_a_command_of_the_docs_would_start(command, monkeypatch):
     monkeypatch.chdir(REPO)
     check(command)
+
+
+def words_of_train(text: str) -> list[str]:
+    """What stands behind the scripts that hand it on to `train`, up to a remark."""
+    lines = re.findall(r"launch/(?:slurm\.sbatch|torchrun\.sh|node\.sh) +(.*)", text)
+    return [re.split(r"  | \.\.\.|`", line)[0].replace('"$CONFIG"', "configs/fastclip_kd.yaml") for line in lines]
+
+
+@pytest.mark.parametrize(
+    "words", sorted({w for text in [DOC, *(p.read_text() for p in FILES)] for w in words_of_train(text)})
+)
+def test_the_scripts_are_given_what_train_knows(words, monkeypatch):
+    monkeypatch.chdir(REPO)
+    assert cli.parse(["train", *shlex.split(words)])[0] == "train"
 
 
 @pytest.mark.parametrize("name", SEVERAL)
