@@ -111,6 +111,12 @@ def _check_deepspeed_config(config: dict, grad_clip_norm: float) -> None:
         )
     if given.get("fp16", {}).get("enabled") not in (None, False, "auto"):
         raise ConfigError("the DeepSpeed file turns fp16 on: drop it; precision is bf16 or fp32")
+    for key in ("train_batch_size", "train_micro_batch_size_per_gpu"):
+        if key in given:
+            raise ConfigError(f"the DeepSpeed file has {key}={given[key]}: drop it; data.batch_size decides")
+    for key in ("amp", "torch_autocast"):
+        if given.get(key, {}).get("enabled") not in (None, False, "auto"):
+            raise ConfigError(f"the DeepSpeed file turns {key} on: drop it; precision is bf16 or fp32")
     for key in ("optimizer", "scheduler"):
         if key in given:
             raise ConfigError(f"the DeepSpeed file has a section {key}: drop it; the sections optim.* decide")
