@@ -62,7 +62,7 @@ class MetricsLog:
         Raises ConfigError, on every rank, for a tracker that Accelerate does not know or that is not installed.
         """
         self.run_dir, self.total_steps = run_dir, total_steps
-        _check_trackers(config.log.trackers)
+        check_trackers(config.log.trackers)
         self._accelerator = accelerator if config.log.trackers else None
         if config.log.trackers:
             assert accelerator is not None, "trackers are started by the accelerator"
@@ -179,7 +179,7 @@ def write_environment(run_dir: Path) -> None:
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     environment = {
         "python": platform.python_version(),
-        "packages": {name: _installed(name) for name in PACKAGES},
+        "packages": {name: installed(name) for name in PACKAGES},
         "platform": f"{platform.system()} {platform.machine()}",
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
@@ -193,7 +193,8 @@ def write_environment(run_dir: Path) -> None:
         replace_text(run_dir / "environment.json", json.dumps(environment, indent=2) + "\n")
 
 
-def _installed(package: str) -> str | None:
+def installed(package: str) -> str | None:
+    """Its version, None where it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -238,7 +239,7 @@ def _line(row: dict[str, float], total_steps: int) -> str:
     return " | ".join(parts)
 
 
-def _check_trackers(names: list[str]) -> None:
+def check_trackers(names: list[str]) -> None:
     """Raise ConfigError for a tracker that is unknown to Accelerate or whose package is missing."""
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 
