@@ -10,9 +10,14 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from concurrent.futures import Future
+from contextlib import contextmanager, suppress
 from datetime import timedelta
+from functools import cache
+from statistics import median
 from typing import Any
 
 import torch
@@ -34,6 +39,79 @@ def start_process_group(timeout_s: float) -> None:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+
+
+@cache
+def _store(timeout_s: float) -> dist.Store:
+    """The launcher's key-value store, or that of rank 0, through which processes find each other.
+
+    Raises DistError or TimeoutError. torch alone would wait without end for a server that listens and says nothing.
+    """
+    connected: Future[dist.Store] = Future()
+
+    def connect() -> None:
+        try:
+            connected.set_result(_connect(timedelta(seconds=timeout_s)))
+        except dist.DistError as error:
+            connected.set_exception(error)
+
+    threading.Thread(target=connect, daemon=True).start()
+    return connected.result(timeout_s + 1)
+
+
+def _connect(timeout: timedelta) -> dist.Store:
+    with_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    return dist.TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        is_master=os.environ["RANK"] == "0" and not with_agent,
+        timeout=timeout,
+        wait_for_workers=False,
+        multi_tenant=True,  # the process group to come meets at the same port
+    )
+
+
+def roll_call(said: str, timeout_s: float) -> list[str | None]:
+    """What every rank says, in rank order, None for one that does not come in time; before there is a process group.
+
+    The first that is there may then speak, and has to call `end_roll_call`, as all others do.
+    Raises ConfigError where nobody can be reached.
+    """
+    keys, mine = _roll_call_keys("here")
+    try:
+        store = _store(timeout_s)
+        store.set(mine, said)
+        with suppress(dist.DistStoreError):  # the deadline
+            store.wait(keys, timedelta(seconds=timeout_s))
+        return [store.get(key).decode() if store.check([key]) else None for key in keys]
+    except (dist.DistError, TimeoutError) as error:
+        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise ConfigError(_why_not_met(error, address, timeout_s)) from None
+
+
+def end_roll_call(answers: list[str | None], timeout_s: float) -> None:
+    """Wait, for a few seconds at most, until all who answered are here: a launcher ends them as soon as one ends."""
+    keys, mine = _roll_call_keys("done")
+    present = [key for key, answer in zip(keys, answers, strict=True) if answer is not None]
+    with suppress(dist.DistError):
+        _store(timeout_s).set(mine, "")
+        _store(timeout_s).wait(present, timedelta(seconds=5))
+
+
+def _roll_call_keys(word: str) -> tuple[list[str], str]:
+    """(everyone's, this rank's) key in the store; a restarted group does not read those of the one before."""
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    keys = [f"kd_accel/{attempt}/{word}/{rank}" for rank in range(int(os.environ["WORLD_SIZE"]))]
+    return keys, keys[int(os.environ["RANK"])]
+
+
+def _why_not_met(error: Exception, address: str, timeout_s: float) -> str:
+    if "EADDRINUSE" in str(error):
+        return f"{address} is taken by another program: choose another port (main_process_port, MASTER_PORT)"
+    return (
+        f"rank 0 does not answer at {address} within {timeout_s:g} s: compare address and port (main_process_ip and"
+        " main_process_port, or MASTER_ADDR and MASTER_PORT) on all machines, and let a firewall pass it"
+    )
 
 
 def wait_at_most(timeout_s: float) -> None:
@@ -126,6 +204,42 @@ def cut_like(value: Tensor, tensor: Tensor) -> Tensor:
     return distribute_tensor(value, tensor.device_mesh, tensor.placements) if isinstance(tensor, DTensor) else value
 
 
+def time_sum(num_bytes: int, device: torch.device) -> float:
+    """Seconds that an all-reduce of so many bytes takes, the median of five; collective."""
+    buffer = torch.zeros(num_bytes // 4, device=device)
+    return _median_time(lambda: dist.all_reduce(buffer), device)
+
+
+def time_exchange(partner: int | None, num_bytes: int, device: torch.device) -> float | None:
+    """Seconds until this rank and `partner` have so many bytes of each other, the median of five.
+
+    None for a rank without partner. Collective: partners are each other's, and all ranks begin together.
+    """
+    barrier()
+    if partner is None:
+        return None
+    mine, theirs = torch.zeros(2, num_bytes // 4, device=device)
+
+    def exchange() -> None:
+        ways = [dist.P2POp(dist.isend, mine, partner), dist.P2POp(dist.irecv, theirs, partner)]
+        for work in dist.batch_isend_irecv(ways):
+            work.wait()
+
+    return _median_time(exchange, device)
+
+
+def _median_time(act: Callable[[], None], device: torch.device, times: int = 5) -> float:
+    """The first time is not counted: it makes the connection."""
+    seconds = []
+    for _ in range(times + 1):
+        start = time.perf_counter()
+        act()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    return median(seconds[1:])
+
+
 def gather_objects(value: Any) -> list[Any]:
     """`value` of every rank, in rank order; for small picklable things of our own, never for tensors or user files."""
     if world_size() == 1:
@@ -176,14 +290,14 @@ def is_lost_peer(error: BaseException) -> bool:
 
 
 def end_process(code: int) -> None:
-    """End a process that belongs to a group at once, with exit code `code`; without a group, return.
+    """End a process that belongs to a group, or has looked for one, at once, with exit code `code`; else return.
 
     The interpreter's own clean-up would, now and then, meet a gloo thread that still holds a finished collective's
     tensors, and abort a run that was complete (SIGABRT, "terminate called without an active exception").
     """
-    if not dist.is_initialized():
+    if not dist.is_initialized() and not _store.cache_info().misses:  # its thread may still wait for an answer
         return
-    if code == 0:
+    if code == 0 and dist.is_initialized():
         dist.destroy_process_group()
     logging.shutdown()
     sys.stdout.flush()
