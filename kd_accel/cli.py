@@ -104,6 +104,11 @@ VERBS = {
         "kd_accel.cli:print_config",
         "check config files of train and print what they come to",
     ),
+    "doctor": (
+        "kd_accel.doctor_config:DoctorConfig",
+        "kd_accel.doctor.verb:run",
+        "what would keep a training, launched like this, from running; takes its files and keys",
+    ),
     "help": ("kd_accel.cli:HelpConfig", "kd_accel.cli:print_help", "explain the keys of a verb"),
 }
 
