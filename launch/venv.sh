@@ -29,7 +29,7 @@ fi
 wanted="$(cat pyproject.toml constraints.txt | cksum) $PWD"
 stamp="$VIRTUAL_ENV/kd-accel-installed"
 if [[ "$(cat "$stamp" 2> /dev/null)" != "$wanted" ]]; then
-    python -m pip install --quiet -c constraints.txt -e ".[dev,export,track,report,s3,text]"
+    python -m pip install --quiet -c constraints.txt -e ".[dev,export,quant,track,report,s3,text]"
     echo "$wanted" > "$stamp"
 fi
 
