@@ -18,12 +18,12 @@ LAYERS = (
     (
         "__init__ types schema schedules terms augment_config cache_config data_config sections config"
         " pack_config filter_config download_config embed_config"
-        " eval_config probe_config train_eval_config prepare_config export_config predict_config push_config plan_config help",
+        " eval_config probe_config train_eval_config prepare_config export_config predict_config push_config plan_config doctor_config slurm help",
     ),
     ("distributed", "losses", "random_state signals logs"),
     ("trim",),
     ("memory", "models", "data", "blame", "replay"),
-    ("objective own_optimizer chunks temperature bindings recall fit", "stored_teacher"),
+    ("objective own_optimizer chunks temperature bindings recall fit", "stored_teacher", "int8"),
     (
         "launch engine masters optim lamb metrics checkpoint memory_files saver bad_samples assembly episodes evals"
         " push.background",
@@ -41,6 +41,7 @@ LAYERS = (
         "download",
         "index",
         "plan",
+        "doctor",
     ),
     ("demo",),  # runs the other verbs
     ("cli __main__",),
