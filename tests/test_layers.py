@@ -18,7 +18,8 @@ LAYERS = (
     (
         "__init__ types schema schedules terms augment_config cache_config data_config sections config"
         " pack_config filter_config download_config embed_config"
-        " eval_config probe_config train_eval_config prepare_config export_config predict_config push_config plan_config doctor_config slurm help",
+        " eval_config probe_config train_eval_config prepare_config export_config predict_config push_config"
+        " plan_config doctor_config slurm help",
     ),
     ("distributed", "losses", "random_state signals logs"),
     ("trim",),

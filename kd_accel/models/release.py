@@ -75,7 +75,8 @@ def write_release(
 def read_release(directory: Path, *, weights: bool = True) -> tuple[nn.Module, InputContract, dict[str, Any], Scale]:
     """(model in eval mode, contract, model_cfg, scale) of a release; its weights are safetensors, and fit to the key.
 
-    `weights`: false leaves fresh ones in. Raises ConfigError, one line, for a missing or damaged file, a pickle, and weights of another model.
+    `weights`: false leaves fresh ones in. Raises ConfigError, one line, for a missing or damaged file, a pickle, and
+    weights of another model.
     """
     config = _read_config(directory / CONFIG)
     model_cfg = config["model_cfg"]
