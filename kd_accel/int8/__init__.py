@@ -25,6 +25,7 @@ from kd_accel.models.int8_state import FILE, Int8State
 from kd_accel.models.release import read_release
 from kd_accel.schema import ConfigError
 
+EXTRAS = {"modelopt": "quant", "torchao": "quant-cpu"}
 TOWER = "visual."  # where open_clip's models keep it
 
 
@@ -35,7 +36,9 @@ def backend(name: str) -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] != name:
             raise
-        raise ConfigError(f'int8 by {name} needs the extra "quant": pip install "kd-accel[quant]"') from None
+        raise ConfigError(
+            f'int8 by {name} needs the extra "{EXTRAS[name]}": pip install "kd-accel[{EXTRAS[name]}]"'
+        ) from None
 
 
 def split_clip(name: str, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], Int8State]:
