@@ -7,6 +7,7 @@ import pytest
 pytest.importorskip("modelopt", reason='the extra "quant" is not installed')
 pytest.importorskip("onnxruntime", reason='the extra "export" is not installed')
 
+import modelopt.torch.sparsity as mts
 import numpy as np
 import onnx
 import onnxruntime
@@ -113,6 +114,16 @@ def test_weights_are_rounded_and_learn(kind):
     train(model)
     layers = dict(model.named_modules())
     assert all(layers[name].weight.grad.abs().sum() > 0 for name in LAYERS[kind])
+
+
+def test_masks_are_those_of_modelopts_sparsity():
+    """So that it is no second backend of compress.sparsity: it would leave the same weights."""
+    ours, theirs = tower("timm"), mts.sparsify(tower("timm"), "sparse_magnitude")
+    sparse, layers = sparsify(ours), dict(theirs.named_modules())
+    assert sparse
+    for name, layer in ours.named_modules():
+        if name in sparse:
+            assert layer.sparsity_mask.equal(layers[name]._weight_mask.bool())
 
 
 @EVERY
