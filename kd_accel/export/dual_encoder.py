@@ -80,7 +80,7 @@ def write_dual_encoder(
 
 def _beyond(model_cfg: dict[str, Any], contract: InputContract, text: HFTextTower) -> str | None:
     if contract.image is None:
-        return "one tower alone"
+        return "one tower alone (image_from and text_from add the other)"
     if (beyond := beyond_vision(model_cfg, contract.image)) is not None:
         return beyond
     if isinstance(text.proj, nn.Sequential):

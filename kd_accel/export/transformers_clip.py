@@ -68,7 +68,7 @@ def write_transformers_clip(
 
 def _beyond(model_cfg: dict[str, Any], contract: InputContract) -> str | None:
     if contract.image is None or contract.text is None:
-        return "one tower alone"
+        return "one tower alone (image_from and text_from add the other)"
     beyond = beyond_vision(model_cfg, contract.image) or odd_key(model_cfg, "text_cfg", TEXT_KEYS, CLIPTextCfg)
     if beyond is None and contract.text.tokenizer != CLIP_BPE:
         return f"the tokenizer {contract.text.tokenizer}"

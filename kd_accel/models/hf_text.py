@@ -33,7 +33,7 @@ POOLERS = {
     "last": "last_pooler",
 }
 # What transformers raises for a name or folder without a model, and for one that it cannot read.
-_NOT_TO_BE_HAD = (OSError, ValueError, RuntimeError, KeyError, ImportError)
+_NOT_TO_BE_HAD = (OSError, ValueError, RuntimeError, KeyError, ImportError, StrictDataclassError)
 
 
 class HFTextTower(nn.Module):

@@ -133,3 +133,25 @@ def test_towers_that_were_distilled_apart(tmp_path, folder, releases):
     run(ExportConfig(model=str(tmp_path / "out"), out=str(tmp_path / "plain")))
     assert json.loads((tmp_path / "plain" / "config.json").read_text())["model_type"] == "bert"
     assert read_release(tmp_path / "plain")[1].text.context_length == 12
+
+
+@pytest.mark.parametrize(
+    ("text_config", "said"),
+    [
+        ({"model_type": "evil", "auto_map": {"AutoConfig": "evil.C", "AutoModel": "evil.M"}}, "cannot be had"),
+        ({"model_type": "vit"}, "is a vit model, which is no text encoder"),
+        ({"model_type": "bert", "vocab_size": 19}, "the tokenizer knows 15 tokens|not the model of"),
+        ("bert", "cannot be had"),
+    ],
+)
+def test_a_text_config_from_a_stranger(tmp_path, folder, text_config, said):
+    """Refused in one line, and nothing of it is run."""
+    written(tmp_path / "out", build(folder("bert")))
+    trap = tmp_path / "trap"
+    (tmp_path / "out" / "evil.py").write_text(f"from pathlib import Path\nPath({str(trap)!r}).touch()\n")
+    file = tmp_path / "out" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"text_config": text_config}))
+    with pytest.raises(ConfigError, match=said) as error:
+        read_release(tmp_path / "out")
+    assert len(str(error.value).splitlines()) == 1
+    assert not trap.exists()
