@@ -8,6 +8,8 @@ Not open_clip's HFTextEncoder, since open_clip 3.3 cannot build DistilBERT and k
 state keys and tokens, so it loads releases of those it knows:
 
     open_clip.create_model("local-dir:DIR", text_cfg={**text_cfg, "hf_model_name": DIR, "hf_model_pretrained": False})
+
+Where export has added transformers' files, DIR/config.json is that of both towers, and hf_model_name is DIR/text.
 """
 
 from __future__ import annotations
