@@ -5,16 +5,19 @@ Imports no torch; the module behind a verb is imported when the verb runs.
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import time
+import traceback
 from collections.abc import Sequence
 from importlib import import_module
+from pathlib import Path
 from typing import Any, ClassVar, get_origin
 
 from kd_accel import __version__
 from kd_accel.help import explain
-from kd_accel.schema import ConfigError, LocalError, Schema, alternatives, did_you_mean, dump, load
+from kd_accel.schema import ConfigError, LocalError, LostPeerError, Schema, alternatives, did_you_mean, dump, load
 from kd_accel.slurm import adopt_tasks
 
 
@@ -26,7 +29,7 @@ class HelpConfig(Schema):
     """The verb to explain; null lists the verbs."""
 
 
-FIRST_WORD_S = 10  # for rank 0 to say what is wrong: a launcher ends it as soon as another rank has ended
+FIRST_WORD_S = 10  # for the rank that knows what is wrong: a launcher ends all, and blames the first that has ended
 
 VERBS = {
     "train": (
@@ -115,7 +118,11 @@ VERBS = {
 
 def run() -> None:
     """The program: `main` on the command line's words, then the end of this process."""
-    code = main()
+    try:
+        code = main()
+    except Exception:
+        _tell_launcher(traceback.format_exc())
+        raise
     if "kd_accel.distributed" in sys.modules:
         sys.modules["kd_accel.distributed"].end_process(code)
     sys.exit(code)
@@ -134,9 +141,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _named(VERBS[verb][1])(config) or 0
     except ConfigError as error:
         # Every rank meets the same mistake, and one of them says so; what one rank meets alone, it says itself.
-        if os.environ.get("RANK", "0") == "0" or isinstance(error, LocalError):
-            for line in str(error).splitlines():
-                print(f"error: {line}", file=sys.stderr)
+        speaks = os.environ.get("RANK", "0") == "0" or isinstance(error, LocalError)
+        knows = speaks and not isinstance(error, LostPeerError)
+        said = "\n".join(f"error: {line}" for line in str(error).splitlines())
+        if speaks:
+            print(said, file=sys.stderr)
+        if knows:
+            _tell_launcher(said)
         elif "TORCHELASTIC_RUN_ID" in os.environ:
             time.sleep(FIRST_WORD_S)
         return 2
@@ -145,6 +156,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 141
     except KeyboardInterrupt:
         return 130
+
+
+def _tell_launcher(said: str) -> None:
+    """Let torchrun, and Accelerate with it, end with this as the cause, in place of "To enable traceback see ..."."""
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        cause = {"message": said, "extraInfo": {"py_callstack": said, "timestamp": str(int(time.time()))}}
+        Path(file).write_text(json.dumps({"message": cause}), encoding="utf-8")
 
 
 def parse(words: Sequence[str]) -> tuple[str, Schema]:

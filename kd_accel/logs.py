@@ -56,6 +56,14 @@ class _Console(logging.Handler):
         tqdm.write(self.format(record), file=sys.stderr)
 
 
+def start_logging_of(rank: int) -> logging.Handler:
+    """Send the warnings of a rank other than the main one to the console, each with its number."""
+    console = _Console(logging.WARNING)
+    console.setFormatter(logging.Formatter(FORMAT.replace("%(message)s", f"rank {rank} | %(message)s")))
+    LOG.addHandler(console)
+    return console
+
+
 def start_logging(path: Path, *, rows_on_console: bool) -> list[logging.Handler]:
     """Send the logger "kd_accel" to `path` and to the console; rows go there only where no progress bar shows them."""
     console = _Console()

@@ -4,7 +4,7 @@
     metrics.log({"step": 10, "loss": 2.31, "lr": 1e-3, "samples_per_second": 812.0, ...})
     metrics.close()
 
-Only the main rank writes; the other ranks make the same calls and nothing happens.
+Only the main rank writes; the other ranks make the same calls, and put their number before what they warn of.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ import torch
 from tqdm import tqdm
 
 from kd_accel.config import TrainConfig
-from kd_accel.distributed import is_main, world_size
-from kd_accel.logs import LOG, LineFile, start_logging
+from kd_accel.distributed import is_main, rank, world_size
+from kd_accel.logs import LOG, LineFile, start_logging, start_logging_of
 from kd_accel.schema import ConfigError
 
 if TYPE_CHECKING:
@@ -43,9 +43,9 @@ class MetricsLog:
 
     run_dir: Path
     total_steps: int
-    _file: LineFile | None  # metrics.jsonl; None on ranks other than the main one, like everything below
-    _bar: tqdm | None  # on a terminal only
-    _handlers: list[logging.Handler]  # of the logger "kd_accel": out.log and the console
+    _file: LineFile | None  # metrics.jsonl; None on ranks other than the main one
+    _bar: tqdm | None  # on the main one's terminal only
+    _handlers: list[logging.Handler]  # of the logger "kd_accel": out.log and the console, of other ranks the latter
     _accelerator: Accelerator | None  # None without trackers
 
     def __init__(
@@ -70,6 +70,8 @@ class MetricsLog:
         self._file, self._bar, self._handlers = None, None, []
         if is_main():
             self._open(start_step)
+        else:
+            self._handlers = [start_logging_of(rank())]
 
     def _open(self, start_step: int) -> None:
         self.run_dir.mkdir(parents=True, exist_ok=True)

@@ -27,6 +27,10 @@ class LocalError(ConfigError):
     """A user's mistake that may show on one rank alone, like an unreadable run of samples: that rank prints it."""
 
 
+class LostPeerError(LocalError):
+    """Another process is gone or does not answer; this one prints it, and only that one could say why."""
+
+
 class Schema(BaseModel):
     """Base of every YAML section: frozen, unknown keys are errors, the string below a field is its help text."""
 

@@ -32,7 +32,7 @@ from kd_accel.optim import build_optimizer, learning_rates
 from kd_accel.push.background import BackgroundPush
 from kd_accel.saver import Saver
 from kd_accel.schedules import Progress
-from kd_accel.schema import ConfigError, LocalError, dump
+from kd_accel.schema import ConfigError, LocalError, LostPeerError, dump
 from kd_accel.signals import StopSignals
 from kd_accel.types import Batch
 
@@ -57,13 +57,16 @@ def run(config: TrainConfig) -> None:
             trainer.metrics.close()
     except RuntimeError as error:
         if distributed.is_lost_peer(error):
-            lost = f"{_other_ranks()} died, or did not answer for train.timeout_s={config.train.timeout_s:g}"
+            kind, lost = (
+                LostPeerError,
+                f"{_other_ranks()} died, or did not answer for train.timeout_s={config.train.timeout_s:g}",
+            )
         elif is_lost_worker(error):
-            lost = "a worker of the data loader died; when memory was short, lower data.num_workers"
+            kind, lost = LocalError, "a worker of the data loader died; when memory was short, lower data.num_workers"
         else:
             raise
         said = f"rank {distributed.rank()}: {lost} ({_first_line(error)}); start again with resume=auto"
-        raise LocalError(said) from error
+        raise kind(said) from error
     finally:
         end_accelerator()
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from kd_accel.logs import LOG, LineFile, start_logging
+from kd_accel.logs import LOG, LineFile, start_logging, start_logging_of
 
 
 @contextmanager
@@ -67,3 +67,13 @@ def test_other_errors_of_the_logger_are_shown(out_log, capsys):
     (file, _) = LOG.handlers[-2:]
     file.emit(logging.LogRecord("kd_accel", logging.INFO, __file__, 1, "%d", ("no number",), None))
     assert "TypeError" in capsys.readouterr().err
+
+
+def test_other_ranks_say_who_they_are(capsys):
+    """Of what they warn; the rest is the main rank's to say."""
+    handler = start_logging_of(3)
+    LOG.info("as all ranks")
+    LOG.warning("of one alone")
+    LOG.removeHandler(handler)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith(" | WARNING | rank 3 | of one alone")

@@ -21,13 +21,13 @@ from kd_accel.doctor.findings import Finding, checked, of_all_ranks, together
 from kd_accel.doctor.rendezvous import Answer
 from kd_accel.doctor_config import DoctorConfig
 from kd_accel.launch import end_accelerator, start_accelerator
-from kd_accel.schema import ConfigError, LocalError
+from kd_accel.schema import ConfigError, LostPeerError
 
 Report = list[Finding]
 
 
 def run(config: DoctorConfig) -> int:
-    """Print what was found; 1 when something of it is a failure, else 0. Raises LocalError when a process is lost."""
+    """Print what was found; 1 when something of it is a failure, else 0. Raises LostPeerError."""
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     try:
         return _examine(config.training(), config.timeout_s)
@@ -35,7 +35,7 @@ def run(config: DoctorConfig) -> int:
         if not distributed.is_lost_peer(error):
             raise
         said = f"rank {distributed.rank()}: another process died, or did not answer for {config.timeout_s:g} s"
-        raise LocalError(said) from error
+        raise LostPeerError(said) from error
     finally:
         end_accelerator()
 

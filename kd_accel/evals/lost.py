@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from kd_accel import distributed
 from kd_accel.data.workers import is_lost_worker
-from kd_accel.schema import LocalError
+from kd_accel.schema import LocalError, LostPeerError
 
 
 @contextmanager
@@ -20,10 +20,10 @@ def told_in_one_line(timeout_s: float) -> Iterator[None]:
         yield
     except RuntimeError as error:
         if distributed.is_lost_peer(error):
-            lost = f"another process died, or did not answer for {timeout_s:g} s"
+            kind, lost = LostPeerError, f"another process died, or did not answer for {timeout_s:g} s"
         elif is_lost_worker(error):
-            lost = "a worker of the data loader died; when memory was short, lower num_workers"
+            kind, lost = LocalError, "a worker of the data loader died; when memory was short, lower num_workers"
         else:
             raise
         reason = str(error).partition("\n")[0].strip()
-        raise LocalError(f"rank {distributed.rank()}: {lost} ({reason}); the rows that are written stay") from error
+        raise kind(f"rank {distributed.rank()}: {lost} ({reason}); the rows that are written stay") from error
