@@ -5,42 +5,47 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
+from collections.abc import Iterable
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
+
+from torch import Tensor
 
 from kd_accel import assembly, checkpoint, distributed
-from kd_accel.config import TrainConfig, teachers_of
+from kd_accel.config import TrainConfig
 from kd_accel.data.loader import rows_per_micro_batch
 from kd_accel.data.workers import is_lost_worker
 from kd_accel.doctor.findings import Finding, checked
 from kd_accel.evals.during import TrainingEvaluation
 from kd_accel.metrics import check_trackers
-from kd_accel.models.build import build_student
-from kd_accel.models.release import resolve_release
+from kd_accel.models.student import Student
 from kd_accel.models.teacher import key_of
+from kd_accel.plan.memory import checkpoint_bytes
+from kd_accel.plan.shapes import shapes_only
 from kd_accel.push.background import BackgroundPush
 from kd_accel.schema import ConfigError
 from kd_accel.stored_teacher import StoredTeacher
-from kd_accel.types import InputContract
 
-STAND_IN_WIDTH = 512  # of a teacher's embeddings, which only its weights tell
-BYTES_PER_PARAMETER = 16  # of a checkpoint: fp32 weights, two moments, and the release
-EMA_BYTES_PER_PARAMETER = 8  # the average, and its release
+
+@dataclass(frozen=True)
+class Models:
+    """Models without weights, and the config as they fit it."""
+
+    config: TrainConfig
+    student: Student
+    teachers: assembly.Teachers
 
 
 def findings(config: TrainConfig) -> list[Finding]:
     """Of this rank: the run's folder, batch, models, data, trackers, evaluation sets and Hub."""
     run = Path(config.output_dir) / config.name
     found = [*checked("run", lambda: _run(config, run)), *checked("batch", lambda: _batch(config))]
-    for name in teachers_of(config):
-        found += checked(key_of(name), lambda name=name: _teacher(config, name))
-    student: list[tuple[InputContract, int]] = []
-    found += checked("student", lambda: _student(config, student))
-    if student:
-        contract, parameters = student[0]
-        found += checked("data", lambda: _data(config, contract))
-        found += checked("disk", lambda: _disk(config, parameters)) if distributed.is_main() else []
+    models: list[Models] = []
+    found += checked("models", lambda: _build(config, models))
+    for built in models:  # none where they cannot be built
+        found += checked("data", lambda built=built: _data(built))
+        found += checked("disk", lambda built=built: _disk(config, built.student)) if distributed.is_main() else []
     if config.log.trackers:
         found += checked("trackers", lambda: check_trackers(config.log.trackers) or ", ".join(config.log.trackers))
     if config.eval is not None:
@@ -61,28 +66,26 @@ def _batch(config: TrainConfig) -> str:
     return f"{rows} per process x {accumulate} micro-batches x {ranks} processes = {rows * accumulate * ranks} samples"
 
 
-def _teacher(config: TrainConfig, name: str) -> str:
-    section = teachers_of(config)[name]
-    if section.placement == "cached":
-        return f"{section.store}, {StoredTeacher(section, name=name).embed_dim} wide"
-    if section.path is not None:
-        return str(resolve_release(section.path))
-    return f"{section.arch}, whose weights are not looked at"
+def _build(config: TrainConfig, built: list[Models]) -> str:
+    """Adds the models to `built`: their shapes, and what they want to see."""
+    with shapes_only():
+        teachers = assembly.build_teachers(config, weights=False)
+        student = assembly.build_student(config, teachers, weights=False)
+        built.append(Models(assembly.fit_models(config, student, teachers), student, teachers))
+    described = {"student": student, **{key_of(name): teacher for name, teacher in teachers.items()}}
+    return ", ".join(
+        f"{name} stored" if isinstance(model, StoredTeacher) else f"{name} {_numel(model.parameters()) / 1e6:,.1f} M"
+        for name, model in described.items()
+    )
 
 
-def _student(config: TrainConfig, built: list[tuple[InputContract, int]]) -> str:
-    """Adds (contract, parameters) to `built`."""
-    fresh = config.student.model_copy(update={"pretrained": None})
-    model, contract, *_ = build_student(fresh, teacher_width=STAND_IN_WIDTH if teachers_of(config) else None)
-    parameters = sum(p.numel() for p in model.parameters())
-    built.append((contract, parameters))
-    return f"{parameters / 1e6:,.1f} M parameters, without projectors and heads"
+def _numel(parameters: Iterable[Tensor]) -> int:
+    return sum(p.numel() for p in parameters)
 
 
-def _data(config: TrainConfig, contract: InputContract) -> str | Finding:
+def _data(models: Models) -> str | Finding:
     """Everything on the way of this rank's first step."""
-    alone = config.model_copy(update={"teacher": None, "teachers": {}})
-    loader = assembly.build_loader(alone, SimpleNamespace(wants=contract), {})
+    loader = assembly.build_loader(models.config, models.student, models.teachers)
     try:
         with closing(iter(loader)) as steps:
             next(steps)
@@ -97,11 +100,13 @@ def _data(config: TrainConfig, contract: InputContract) -> str | Finding:
     return Finding("warn", "data", f"{len(bad)} of its first {rows} samples are unreadable: {bad[0]['reason']}")
 
 
-def _disk(config: TrainConfig, parameters: int) -> str | Finding:
+def _disk(config: TrainConfig, student: Student) -> str | Finding:
     """Room for what save.keep_last keeps, and for the next one beside it. Raises ConfigError without room for one."""
     folder = _nearest(Path(config.output_dir))
     free = shutil.disk_usage(folder).free
-    one = parameters * (BYTES_PER_PARAMETER + EMA_BYTES_PER_PARAMETER * (config.train.ema_decay is not None))
+    trained = _numel(p for p in student.parameters() if p.requires_grad)
+    frozen = _numel(student.parameters()) - trained
+    one = checkpoint_bytes(trained, frozen, has_average=config.train.ema_decay is not None)
     said = f"{_shown(free)} free in {folder}, a checkpoint takes about {_shown(one)}"
     if free < one:
         raise ConfigError(f"{said}: make room, or set output_dir")

@@ -72,3 +72,9 @@ def network_bytes(stage: int, weights: Weights, *, world_size: int, bf16: bool, 
         teachers = (2 if bf16 else FP32) * weights.teachers
         moved = low * weights.trained * 3 + low * weights.frozen * 2 + teachers
     return round(share * (moved + 3 * features))  # features gathered, their gradients summed
+
+
+def checkpoint_bytes(trained: int, frozen: int, *, has_average: bool) -> int:
+    """fp32: weights and moments to go on from, and the release; the moving average is both too."""
+    whole = trained + frozen
+    return 4 * (2 * whole + 2 * trained + has_average * (trained + whole))

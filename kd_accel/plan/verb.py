@@ -24,7 +24,7 @@ from kd_accel.metrics import replace_text
 from kd_accel.models.student import Student
 from kd_accel.models.teacher import Teacher
 from kd_accel.plan.devices import TABLE, Device, device
-from kd_accel.plan.memory import STAGES, Memory, Weights, memory, network_bytes
+from kd_accel.plan.memory import STAGES, Memory, Weights, checkpoint_bytes, memory, network_bytes
 from kd_accel.plan.page import in_words
 from kd_accel.plan.shapes import shapes_only
 from kd_accel.plan.step import ObjectiveCost, TowersCost, objective_cost, towers_cost
@@ -105,7 +105,7 @@ def make_plan(config: PlanConfig) -> Plan:
             for stage in STAGES
         },
         network={stage: network_bytes(stage, weights, **shared, features=compared) for stage in STAGES},
-        checkpoint=_checkpoint_bytes(weights, average=average) + by_id,
+        checkpoint=checkpoint_bytes(weights.trained, weights.frozen, has_average=average) + by_id,
         store_per_sample={
             name: 2 * t.embed_dim * len(assembly.towers_read(config, name)) for name, t in teachers.items()
         },
@@ -155,12 +155,6 @@ def _width_compared(config: PlanConfig, student: Student, teachers: assembly.Tea
     read = set().union(*(features_read(term, student.widths) for term in config.objective.terms.values()))
     of_teachers = sum(t.embed_dim * len(assembly.towers_read(config, name)) for name, t in teachers.items())
     return sum(student.widths[name] for name in read) + of_teachers
-
-
-def _checkpoint_bytes(weights: Weights, *, average: bool) -> int:
-    """fp32: weights and moments to go on from, and the release; the moving average is both too."""
-    whole = weights.trained + weights.frozen
-    return 4 * (2 * whole + 2 * weights.trained + average * (weights.trained + whole))
 
 
 def _samples(config: PlanConfig, global_batch: int) -> tuple[int | None, int | None]:
