@@ -1,10 +1,11 @@
-"""README.md of a release, the model card of the Hub: what it is, how it was made, how good it is, how to load it.
+"""README.md of a release, the model card of the Hub: what it is, how good it is, how to load it, how it was made.
 
 Everything in it is read from the release and from the run that it comes from.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,15 @@ import yaml
 from huggingface_hub import ModelCardData
 
 from kd_accel import __version__
-from kd_accel.evals.results import RESULTS, Row, read_results
 from kd_accel.export.assemble import Exported
+from kd_accel.export.curves import write_curves
+from kd_accel.export.evaluation import evaluation_table
+from kd_accel.export.origin import Origin, hub_name, origin_of, without_secrets
 from kd_accel.export.parity import LIMITS, Parity
 from kd_accel.export_config import ExportConfig
 from kd_accel.models.model_cfg import is_open_clips
 
+RECIPE = ("student", "compress", "teacher", "teachers", "objective", "optim", "data")
 OPEN_CLIP = """```python
 import open_clip
 
@@ -44,71 +48,78 @@ kd-accel eval FOLDER/image.onnx text_from=FOLDER/text.onnx data=datasets/zerosho
 
 
 def write_card(folder: Path, config: ExportConfig, exported: Exported, parities: list[Parity]) -> None:
-    """Write FOLDER/README.md."""
-    whole = exported.contract.image is not None and exported.contract.text is not None
-    data = ModelCardData(
-        library_name="open_clip" if is_open_clips(exported.model_cfg) else "kd_accel",
-        pipeline_tag="zero-shot-image-classification" if whole else "feature-extraction",
-        license=config.license,
-        tags=["clip", "knowledge-distillation", "kd_accel"],
-    )
+    """Write FOLDER/README.md, and a picture of the curves beside it where they can be drawn."""
+    origins = [origin for release in exported.sources if (origin := origin_of(release))]
     sections = [
-        f"---\n{data.to_yaml()}\n---",
+        f"---\n{_front_matter(config, exported, origins)}\n---",
         f"# {Path(config.out).name}",
-        _origin(exported),
-        *(f"## Made from {release.parent.name}\n\n{_recipe(release)}" for release in exported.sources if _run(release)),
-        *_results(exported),
+        _summary(exported, origins),
+        *_results(exported, origins),
         f"## Loading\n\n{_loading(exported, config)}",
+        *(_training(origin, folder, number) for number, origin in enumerate(origins, start=1)),
         f"## Checked\n\n{_checked(parities)}",
     ]
     (folder / "README.md").write_text("\n\n".join(sections) + "\n", encoding="utf-8")
 
 
-def _origin(exported: Exported) -> str:
+def _front_matter(config: ExportConfig, exported: Exported, origins: list[Origin]) -> str:
+    """What the Hub reads. Base models and datasets are those of the Hub; of others it knows nothing."""
+    whole = exported.contract.image is not None and exported.contract.text is not None
+    data = ModelCardData(
+        library_name="open_clip" if is_open_clips(exported.model_cfg) else "kd_accel",
+        pipeline_tag="zero-shot-image-classification" if whole else "feature-extraction",
+        license=config.license,
+        tags=["clip", *(["knowledge-distillation"] if any(o.teachers for o in origins) else []), "kd_accel"],
+        base_model=_unique(name for origin in origins for name in origin.base_models),
+        datasets=_unique(name for origin in origins for name in origin.datasets),
+    )
+    return data.to_yaml()
+
+
+def _unique(names: Iterable[str]) -> list[str] | None:
+    return list(dict.fromkeys(names)) or None
+
+
+def _summary(exported: Exported, origins: list[Origin]) -> str:
     millions = sum(tensor.numel() for tensor in exported.state.values()) / 1e6
     image, text = exported.contract.image, exported.contract.text
     towers = [f"pictures of {image.size[0]} x {image.size[1]} pixels"] if image else []
     towers += [f"texts of {text.context_length} tokens"] if text else []
     width = exported.model_cfg["embed_dim"]
     size = f"{millions:,.1f} M parameters; {' and '.join(towers)} become embeddings of width {width}."
-    return f"{size} Trained with kd_accel {__version__}."
+    teachers = _unique(_teacher(section) for origin in origins for section in origin.teachers.values())
+    taught = f" Distilled from {', '.join(teachers)}." if teachers else ""
+    return f"{size}{taught} Trained with kd_accel {__version__}."
 
 
-def _run(release: Path) -> Path | None:
-    """The run that a release lies in: RUN/checkpoints/step_00001000/student."""
-    run = release.parent.parent.parent
-    return run if release.parent.parent.name == "checkpoints" and (run / "config.yaml").is_file() else None
+def _teacher(section: dict[str, Any]) -> str:
+    """A link to it where it is the Hub's, else its name in the config."""
+    if name := hub_name(section):
+        return f"[{name}](https://huggingface.co/{name})"
+    return f"`{section.get('path') or section.get('arch') or section.get('store')}`"
 
 
-def _recipe(release: Path) -> str:
-    """What decided the training, as the run's config has it."""
-    config = yaml.safe_load((_run(release) / "config.yaml").read_text(encoding="utf-8"))
-    kept = {
-        key: _without_nulls(config[key]) for key in ("student", "teacher", "teachers", "objective", "optim", "data")
-    }
-    kept = {key: value for key, value in kept.items() if value}
-    return f"```yaml\n{yaml.safe_dump(kept, sort_keys=False, allow_unicode=True).rstrip()}\n```"
+def _results(exported: Exported, origins: list[Origin]) -> list[str]:
+    """None for a model that was put together: it is neither of those that were evaluated."""
+    table = evaluation_table(origins[0]) if len(exported.sources) == len(origins) == 1 else None
+    return [] if table is None else [f"## Evaluation\n\n{table}"]
 
 
-def _without_nulls(value: Any) -> Any:
+def _training(origin: Origin, folder: Path, number: int) -> str:
+    """What decided the training, as the run's config has it, and how it went."""
+    kept = {key: value for key in RECIPE if (value := _given(origin.config.get(key))) is not None}
+    recipe = without_secrets(yaml.safe_dump(kept, sort_keys=False, allow_unicode=True).rstrip())
+    picture = "curves.png" if number == 1 else f"curves_{number}.png"
+    drawn = [f"![loss and temperature over steps]({picture})"] if write_curves(origin, folder / picture) else []
+    head = f"## Training: {origin.run.name}, step {origin.step:,}"
+    return "\n\n".join([head, *drawn, f"```yaml\n{recipe}\n```"])
+
+
+def _given(value: Any) -> Any:
+    """Without what was left out: null, {} and []; None where nothing else is there."""
     if isinstance(value, dict):
-        return {key: _without_nulls(part) for key, part in value.items() if part is not None}
-    return value
-
-
-def _results(exported: Exported) -> list[str]:
-    """The main metrics of the checkpoint, where it was evaluated; none for a model that was put together."""
-    if len(exported.sources) > 1 or (run := _run(exported.sources[0])) is None:
-        return []
-    step = int(exported.sources[0].parent.name.removeprefix("step_"))
-    rows = [row for row in read_results(run / RESULTS) if row["step"] == step and row["model"] == run.name]
-    lines = [_result(row) for row in rows if row["metrics"].get("main_metric") is not None]
-    head = "| data | | % | images |\n|---|---|---|---|"
-    return ["\n".join(["## Evaluation", "", head, *lines])] if lines else []
-
-
-def _result(row: Row) -> str:
-    return f"| {row['dataset']} | {row['task']} | {100 * row['metrics']['main_metric']:.1f} | {row['n']:,} |"
+        value = {key: part for key, inner in value.items() if (part := _given(inner)) is not None}
+    return None if value in ({}, []) else value
 
 
 def _loading(exported: Exported, config: ExportConfig) -> str:

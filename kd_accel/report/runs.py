@@ -54,7 +54,7 @@ def teachers_among(run: Run, runs: list[Run]) -> dict[str, Run]:
     """
     found = {}
     for name, section in run.teachers.items():
-        path = _run_of(Path(section["path"])) if section.get("path") else None
+        path = run_of(Path(section["path"])) if section.get("path") else None
         others = [other for other in runs if path and other is not run]
         same = [other for other in others if other.path.resolve() == path.resolve()]
         alike = [other for other in others if other.path.resolve().name == path.name]
@@ -63,7 +63,7 @@ def teachers_among(run: Run, runs: list[Run]) -> dict[str, Run]:
     return found
 
 
-def _run_of(path: Path) -> Path:
+def run_of(path: Path) -> Path:
     """RUN of RUN, RUN/checkpoints/step_00001000 and RUN/checkpoints/step_00001000/student."""
     return next((parent.parent for parent in (path, *path.parents) if parent.name == "checkpoints"), path)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 
 import open_clip
 import pytest
@@ -124,30 +123,3 @@ def test_a_difference_releases_nothing(tmp_path, releases, monkeypatch):
     with pytest.raises(ConfigError, match="format=transformers: the files differ from the model by .*nothing"):
         run(ExportConfig(model=str(releases("vit")), out=str(tmp_path / "out"), format=["transformers"]))
     assert list(tmp_path.iterdir()) == []
-
-
-def test_the_card_tells_how_the_model_was_made_and_how_good_it_is(tmp_path, releases):
-    """From the run's config and its results at that step."""
-    run_folder = tmp_path / "runs" / "small"
-    student = run_folder / "checkpoints" / "step_00000010" / "student"
-    shutil.copytree(releases("vit"), student)
-    sections = {"student": {"arch": "ViT-B-32", "init": None}, "teacher": {"path": "runs/teacher"}, "teachers": {}}
-    sections |= {"objective": {"terms": {}}, "optim": {"lr": 0.1}, "data": {"shards": "datasets/pairs"}}
-    (run_folder / "config.yaml").write_text(json.dumps(sections))
-    row = {
-        "model": "small",
-        "key": "mnist",
-        "dataset": "MNIST",
-        "task": "zero_shot",
-        "n": 1000,
-        "bad": 0,
-        "weights": "w",
-    }
-    rows = [row | {"step": step, "metrics": {"main_metric": step / 100}} for step in (5, 10)]
-    (run_folder / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    run(ExportConfig(model=str(student.parent), out=str(tmp_path / "out"), license="mit"))
-    card = (tmp_path / "out" / "README.md").read_text()
-    for line in ("license: mit", "path: runs/teacher", "| MNIST | zero_shot | 10.0 | 1,000 |"):
-        assert line in card
-    for line in ("init", "| 5.0 |"):  # a null of the config, and another step
-        assert line not in card
