@@ -18,6 +18,8 @@ class HubConfig(Schema):
     """OWNER/NAME, or NAME for the owner of the token; made when it is not there."""
     private: bool = True
     """Of a repository that is made; one that is there stays as it is."""
+    license: str | None = None
+    """Of the weights, in the Hub's words (mit, apache-2.0), for the card of a run or checkpoint."""
 
 
 class PushConfig(HubConfig):

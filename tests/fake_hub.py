@@ -33,13 +33,17 @@ class Repo:
 
 
 class FakeHub:
-    """repos by id; `fail` holds (method, pattern of the path, status or "drop", how often) for answers to come."""
+    """repos by id; `fail` holds (method, pattern of the path, what, how often) for answers to come.
+
+    What: a status; "drop" the connection; or "hang": `hangs` is set, nothing is read until `go`, then it drops.
+    """
 
     def __init__(self):
         self.repos: dict[str, Repo] = {}
         self.large: dict[str, bytes] = {}  # by SHA-256
         self.fail: list[tuple[str, str, int | str, int]] = []
         self.asked: list[tuple[str, str]] = []
+        self.hangs, self.go = threading.Event(), threading.Event()
 
     def __enter__(self) -> FakeHub:
         handler = type("Handler", (_Handler,), {"hub": self})
@@ -49,6 +53,7 @@ class FakeHub:
         return self
 
     def __exit__(self, *_) -> None:
+        self.go.set()
         self._server.shutdown()
         self._server.server_close()
 
@@ -86,25 +91,30 @@ class _Handler(BaseHTTPRequestHandler):
         self.rfile.readline()
         return b"".join(parts)
 
-    def _fails(self, path: str) -> bool:
-        for number, (method, pattern, status, left) in enumerate(self.hub.fail):
+    def _failure(self, path: str) -> int | str | None:
+        for number, (method, pattern, what, left) in enumerate(self.hub.fail):
             if left and method == self.command and re.search(pattern, path):
-                self.hub.fail[number] = (method, pattern, status, left - 1)
-                if status == "drop":
-                    self.close_connection = True
-                    self.connection.close()
-                else:
-                    self._answer(status, {"error": "injected"})
-                return True
-        return False
+                self.hub.fail[number] = (method, pattern, what, left - 1)
+                return what
+        return None
 
     def _handle(self) -> None:
-        path, body = unquote(urlparse(self.path).path), self._read()
+        path = unquote(urlparse(self.path).path)
         self.hub.asked.append((self.command, path))
-        if self._fails(path):
+        failure = self._failure(path)
+        if failure == "hang":
+            self.hub.hangs.set()
+            self.hub.go.wait()
+        if failure in ("hang", "drop"):
+            self.close_connection = True
+            self.connection.close()
             return
-        if path.startswith("/api/") and self.headers.get("Authorization") != f"Bearer {TOKEN}":
-            self._answer(401, {"error": "Invalid credentials"})
+        body = self._read()
+        if failure is not None:
+            self._answer(failure, {"error": "injected"})
+            return
+        if path.startswith("/api/") and (given := self.headers.get("Authorization")) != f"Bearer {TOKEN}":
+            self._answer(401, {"error": f"Invalid credentials: {given}"})
             return
         for pattern, act in _ROUTES:
             if found := re.fullmatch(pattern, path):

@@ -73,6 +73,7 @@ class BackgroundPush:
     def _start(self) -> None:
         checkpoint, self._waiting = self._waiting, None
         words = [f"repo={self._config.repo}", f"private={str(self._config.private).lower()}"]
+        words += [] if self._config.license is None else [f"license={self._config.license}"]
         env = {key: value for key, value in os.environ.items() if not key.startswith(LAUNCH)}
         env |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
         with self._log.open("ab") as file:

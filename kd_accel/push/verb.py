@@ -30,12 +30,14 @@ def run(config: PushConfig) -> None:
     if step is None:
         if not (given / "README.md").is_file():
             raise ConfigError(f"{given}: no README.md, the model card: kd-accel export {given} out=... writes one")
+        if config.license is not None:
+            raise ConfigError(f"license={config.license}: {given} has its card: give it to kd-accel export")
         print(f"pushed to {upload(given, config, tag=tag, message='Release')}")
         return
     copy = release.parent / ".push" / config.repo.rpartition("/")[2]
     shutil.rmtree(copy.parent, ignore_errors=True)  # left by a process that was killed
     try:
-        export(ExportConfig(model=str(release), out=str(copy)))
+        export(ExportConfig(model=str(release), out=str(copy), license=config.license))
         print(f"pushed to {upload(copy, config, tag=tag, message=f'Step {int(step)}')}")
     finally:
         shutil.rmtree(copy.parent, ignore_errors=True)

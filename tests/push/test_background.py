@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+from concurrent.futures import ThreadPoolExecutor
 
+import psutil
 import pytest
 import tiny
 from fake_hub import TOKEN, FakeHub
@@ -45,16 +47,34 @@ def train(tmp_path, train_shards):
 
 
 def test_the_last_checkpoint_is_pushed_at_the_end(hub, train, caplog):
-    """With its card and its step as a tag; the token is in no file of the run, and in no log."""
+    """With its card and its step as a tag; the token is in no file of the run, in no log, and in no list of processes.
+
+    The connection breaks off while the list is read.
+    """
     caplog.set_level(logging.INFO, "kd_accel")
-    folder = train()
+    hub.fail = [("POST", "/commit/", "hang", 1)]
+    with ThreadPoolExecutor() as watcher:
+        words = watcher.submit(called_while_it_hangs, hub)
+        folder = train(license="mit")
+    assert "repo=me/student" in words.result()
+    assert not any(TOKEN in word for word in words.result())
     repo = hub.repos["me/student"]
     assert list(repo.tags) == ["step-4"]
+    assert b"license: mit\n" in repo.files["README.md"]
     weights = folder / "checkpoints" / "step_00000004" / "student" / "open_clip_model.safetensors"
     assert repo.files["open_clip_model.safetensors"] == weights.read_bytes()
     assert "hub: pushed to http://127.0.0.1" in caplog.text
     written = [path.read_bytes() for path in folder.rglob("*") if path.is_file()]
     assert not any(TOKEN.encode() in content for content in [*written, caplog.text.encode(), *repo.files.values()])
+
+
+def called_while_it_hangs(hub: FakeHub) -> list[str]:
+    """The words that this process and those that it has started were called with."""
+    hub.hangs.wait(300)
+    this = psutil.Process()
+    words = [word for process in (this, *this.children(recursive=True)) for word in process.cmdline()]
+    hub.go.set()
+    return words
 
 
 def test_every_checkpoint_is_pushed_but_those_that_would_wait(hub, train):
