@@ -104,6 +104,7 @@ def release_of(student: Student, objective: Objective, weights: dict[str, Tensor
         "log_scale": objective.log_logit_scale,
         "logit_bias": objective.bias,
         "hf_text": student.hf_text,
+        "class_head": student.released_head(weights),
     }
 
 

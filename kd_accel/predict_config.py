@@ -10,7 +10,9 @@ from kd_accel.schema import Schema
 
 
 class PredictConfig(Schema):
-    """kd-accel predict MODEL IMAGE [IMAGE ...] prompts=FILE: which of the texts fits each picture, and how well."""
+    """kd-accel predict MODEL IMAGE [IMAGE ...] prompts=FILE: which of the texts fits each picture, and how well.
+
+    A student with a class head (student.num_classes) needs no texts."""
 
     positional: ClassVar[tuple[str, ...]] = ("model", "images")
     model: str
@@ -21,6 +23,8 @@ class PredictConfig(Schema):
     """File with a text per line."""
     text: list[str] = []
     """Texts, instead of a file: text=[a cat, a dog]."""
+    classes: str | None = None
+    """File with a name per class, for a class head that does not know them."""
     template: str = Field("{c}", pattern=r"\{c\}")
     """Around every text, for instance "a photo of a {c}."."""
     text_from: str | None = None
@@ -38,6 +42,8 @@ class PredictConfig(Schema):
 
     @model_validator(mode="after")
     def _texts(self):
-        if (self.prompts is None) == (not self.text):
+        if self.prompts is not None and self.text:
             raise ValueError("give either prompts=FILE or text=[...]: the texts to choose from")
+        if self.classes is not None and (self.prompts is not None or self.text):
+            raise ValueError("classes names those of a class head: give it without prompts and text")
         return self

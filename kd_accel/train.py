@@ -108,6 +108,7 @@ class Trainer:
         self.loader = self._build_loader()
         sizes = {"global_batch": self.loader.global_batch, "device": self.accelerator.device}
         assembly.quantise_student(config, self.student, **sizes)
+        self.student.class_names = self.loader.class_names
         objective = assembly.build_objective(config, self.student, self.teachers, self.loader)
         self.objective = objective.to(self.accelerator.device)
         set_seed(config.seed + 1 + distributed.rank())  # dropout differs from here on

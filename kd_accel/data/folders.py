@@ -50,7 +50,9 @@ def open_folder(
         columns["caption"] = pa.array(texts, pa.list_(pa.string())).take(columns["label"])
     fields = Fields("image", ("caption",) if texts else (), (), "label" if labels else None)
     part = Part(str(folder), root, len(paths))
-    return RowSource(ArrowRows(pa.table(columns)), fields, [part], key="data.folder", max_samples=max_samples)
+    names = tuple(classes) if labels else None
+    rows = ArrowRows(pa.table(columns))
+    return RowSource(rows, fields, [part], key="data.folder", max_samples=max_samples, class_names=names)
 
 
 def _images(root: Path) -> dict[str, list[str]]:

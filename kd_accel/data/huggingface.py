@@ -71,8 +71,11 @@ def _source(dataset: datasets.Dataset, fields: Fields, name: str, *, key: str, m
             dataset = dataset.cast_column(column, datasets.Image(decode=False))
     pick(pa.Table.from_batches([], dataset.features.arrow_schema), fields, name)  # checks the types
     folder = Path(name) if Path(name).is_dir() else Path()
+    label = dataset.features.get(fields.label)
+    names = tuple(label.names) if isinstance(label, datasets.ClassLabel) else None
     rows = _Rows(dataset, list(fields.keys()))
-    return RowSource(rows, fields, [Part(name, folder, len(rows))], key=key, max_samples=max_samples)
+    part = Part(name, folder, len(rows))
+    return RowSource(rows, fields, [part], key=key, max_samples=max_samples, class_names=names)
 
 
 def _load(name: str, split: str) -> datasets.Dataset:

@@ -65,7 +65,7 @@ class TrainLoader:
         self.batch_size = rows_per_micro_batch(config, world_size, accumulate)
         self.accumulate = accumulate
         self.global_batch = self.batch_size * accumulate * world_size
-        self.num_samples = source.num_samples
+        self.num_samples, self.class_names = source.num_samples, source.class_names
         self.steps_per_epoch = num_batches(samples_per_epoch(source.shard_sizes, passes), self.global_batch)
         self.epoch, self.batches_done, self.bad_samples = 0, 0, []
         self._config, self._seed, self._rank = config, seed, rank

@@ -70,9 +70,16 @@ class RowSource(Source):
     """
 
     def __init__(
-        self, rows: Rows, fields: Fields, parts: Sequence[Part], *, key: str, max_samples: int | None = None
+        self,
+        rows: Rows,
+        fields: Fields,
+        parts: Sequence[Part],
+        *,
+        key: str,
+        max_samples: int | None = None,
+        class_names: tuple[str, ...] | None = None,
     ) -> None:
-        self.rows, self.fields, self.parts = rows, fields, tuple(parts)
+        self.rows, self.fields, self.parts, self.class_names = rows, fields, tuple(parts), class_names
         self.num_samples = min(len(rows), max_samples or len(rows))
         self.shard_sizes = np.diff([*range(0, self.num_samples, BLOCK), self.num_samples]).astype(np.int64)
         self._starts = np.cumsum([0, *(part.num_rows for part in parts)])

@@ -45,6 +45,7 @@ class Source(Protocol):
         """The file that holds it."""
 
     is_remote: bool = False  # whether prefetch() makes a difference
+    class_names: tuple[str, ...] | None = None  # what it calls the classes that labels number, where it knows
 
     def prefetch(self, shards: Sequence[int]) -> None:
         """Shards that are read next, soonest first: a hint."""
@@ -59,6 +60,8 @@ class Sources(Source):
         self.num_samples = int(self._starts[-1])
         self.shard_sizes = np.concatenate([source.shard_sizes for source in self.sources])
         self.is_remote = any(source.is_remote for source in self.sources)
+        names = {source.class_names for source in self.sources}
+        self.class_names = names.pop() if len(names) == 1 else None
         self._first_shards = np.cumsum([0, *(len(source.shard_sizes) for source in self.sources)])
 
     def read(self, sample_id: int) -> Sample:

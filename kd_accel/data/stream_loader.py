@@ -33,6 +33,7 @@ class StreamLoader:
     accumulate: int  # micro-batches of a step
     global_batch: int  # rows of all ranks and micro-batches
     num_samples: None = None  # ids are hashes: terms that remember by sample id cannot be used
+    class_names: None = None
     samples_per_epoch: int  # as the config says
     steps_per_epoch: int  # whole global batches
 

@@ -11,6 +11,7 @@ from open_clip.model import convert_to_custom_text_state_dict
 from torch import Tensor
 
 from kd_accel.export_config import ExportConfig
+from kd_accel.models.class_head import FILE, ClassHead, read_class_head
 from kd_accel.models.hf_text import HFTextTower
 from kd_accel.models.int8_state import Int8State, read_int8
 from kd_accel.models.release import read_release, resolve_release
@@ -30,6 +31,7 @@ class Exported:
     scale: Scale
     hf_text: HFTextTower | None
     int8: Int8State | None  # of the image tower
+    class_head: ClassHead | None  # of the image tower
 
 
 def load_exported(config: ExportConfig) -> Exported:
@@ -49,7 +51,9 @@ def _read(path: str) -> Exported:
     model, contract, model_cfg, scale = read_release(release)
     text = getattr(model, "text", None)
     hf_text = text if isinstance(text, HFTextTower) else None
-    return Exported((release,), model.state_dict(), model_cfg, contract, scale, hf_text, read_int8(release))
+    head = release / FILE
+    class_head = read_class_head(head, model_cfg["embed_dim"]) if head.is_file() else None
+    return Exported((release,), model.state_dict(), model_cfg, contract, scale, hf_text, read_int8(release), class_head)
 
 
 def _joined(ours: Exported, theirs: Exported, tower: str, given: str) -> Exported:
@@ -81,7 +85,7 @@ def _joined(ours: Exported, theirs: Exported, tower: str, given: str) -> Exporte
     }
     contract = InputContract(image.contract.image, text.contract.text)
     sources = *ours.sources, *theirs.sources
-    return Exported(sources, state, model_cfg, contract, text.scale, text.hf_text, image.int8)
+    return Exported(sources, state, model_cfg, contract, text.scale, text.hf_text, image.int8, image.class_head)
 
 
 def _quick_gelu(exported: Exported, tower: str) -> bool | None:

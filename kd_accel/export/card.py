@@ -46,6 +46,12 @@ kd-accel eval FOLDER/image.onnx text_from=FOLDER/text.onnx data=datasets/zerosho
 
 `image.onnx` takes normalised pixels, `text.onnx` tokens; both give raw features. `meta.json` has sizes and names."""
 
+CLASS_HEAD = """`class_head.safetensors` (weight, bias) turns raw image features into logits of {num_classes} classes.
+
+```bash
+kd-accel predict FOLDER photos/
+```"""
+
 
 def write_card(folder: Path, config: ExportConfig, exported: Exported, parities: list[Parity]) -> None:
     """Write FOLDER/README.md, and a picture of the curves beside it where they can be drawn."""
@@ -126,6 +132,7 @@ def _loading(exported: Exported, config: ExportConfig) -> str:
     parts = [OPEN_CLIP if is_open_clips(exported.model_cfg) else OURS]
     parts += [TRANSFORMERS] if "transformers" in config.format else []
     parts += [ONNX] if "onnx" in config.format else []
+    parts += [CLASS_HEAD.format(num_classes=len(exported.class_head.bias))] if exported.class_head else []
     return "\n\n".join(parts)
 
 

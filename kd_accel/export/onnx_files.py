@@ -17,6 +17,7 @@ from open_clip.tokenizer import HFTokenizer
 from torch import Tensor, nn
 
 from kd_accel.int8 import Int8Tower
+from kd_accel.models.class_head import FILE as CLASS_HEAD
 from kd_accel.models.onnx_meta import FILE, OnnxImage, OnnxMeta, OnnxText
 from kd_accel.models.text import encode_text
 from kd_accel.models.towers import Scale
@@ -58,8 +59,8 @@ def write_onnx(
 ) -> None:
     """Add the files of the towers that `model` has, fp32 on the CPU in eval mode, to `directory`.
 
-    `int8` takes the place of the image tower. A tokenizer of transformers must lie there already. Raises ConfigError
-    for a tower that cannot be exported, and where the extra is not installed.
+    `int8` takes the place of the image tower. A tokenizer of transformers and a class head must lie there already.
+    Raises ConfigError for a tower that cannot be exported, and where the extra is not installed.
     """
     image = text = None
     if contract.image is not None:
@@ -76,7 +77,13 @@ def write_onnx(
         text = _text(contract.text)
     logit_scale = float(torch.tensor(scale.log_scale).exp())
     meta = OnnxMeta(
-        name=name, embed_dim=embed_dim, logit_scale=logit_scale, logit_bias=scale.bias, image=image, text=text
+        name=name,
+        embed_dim=embed_dim,
+        logit_scale=logit_scale,
+        logit_bias=scale.bias,
+        image=image,
+        text=text,
+        class_head=CLASS_HEAD if (directory / CLASS_HEAD).is_file() else None,
     )
     (directory / FILE).write_text(meta.to_json(), encoding="utf-8")
 

@@ -68,6 +68,7 @@ def _write(folder: Path, exported: Exported, config: ExportConfig) -> list[Parit
         logit_bias=exported.scale.bias,
         hf_text=exported.hf_text,
         int8=exported.int8,
+        class_head=exported.class_head,
     )
     model, contract, model_cfg, scale = read_release(folder)
     if "transformers" in config.format:
@@ -86,6 +87,8 @@ def _write(folder: Path, exported: Exported, config: ExportConfig) -> list[Parit
     formats = list(dict.fromkeys(["open_clip", *config.format]))
     parities = check_all(folder, formats, model=model, contract=contract, int8=int8)
     write_card(folder, config, exported, parities)
+    for file in folder.iterdir():
+        file.chmod(0o644)  # safetensors makes files that only their owner can read
     return parities
 
 

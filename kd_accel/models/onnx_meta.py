@@ -81,6 +81,8 @@ class OnnxMeta(Schema):
     """null: no image tower."""
     text: OnnxText | None = None
     """null: no text tower."""
+    class_head: str | None = Field(None, pattern=BESIDE)
+    """File beside meta.json (models/class_head.py): class logits of raw image features; null: none."""
 
     @model_validator(mode="after")
     def _a_tower(self):

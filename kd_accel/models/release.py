@@ -4,6 +4,7 @@
     open_clip_model.safetensors    fp32, with logit_scale and, for sigmoid losses, logit_bias
     vocab.json merges.txt tokenizer.json tokenizer_config.json
     int8.safetensors               of a student that was trained as int8: int8_state.py
+    class_head.safetensors         of a student that was trained with one (models/class_head.py)
 
     open_clip.create_model_and_transforms("local-dir:DIRECTORY"); open_clip.get_tokenizer("local-dir:DIRECTORY")
 
@@ -25,6 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from kd_accel.models.class_head import ClassHead, write_class_head
 from kd_accel.models.hf_text import HFTextTower, write_hf_tower
 from kd_accel.models.int8_state import Int8State, write_int8
 from kd_accel.models.model_cfg import as_released
@@ -46,6 +48,7 @@ def write_release(
     logit_bias: float | None,
     hf_text: HFTextTower | None = None,
     int8: Int8State | None = None,
+    class_head: ClassHead | None = None,
 ) -> None:
     """Write `directory`, which must not exist yet: complete or not at all.
 
@@ -63,6 +66,8 @@ def write_release(
     save_file({key: _storable(tensor) for key, tensor in weights.items()}, partial / WEIGHTS, metadata={"format": "pt"})
     config = {"model_cfg": _with_bias(model_cfg, logit_bias), "preprocess_cfg": _preprocess_cfg(contract.image)}
     (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    if class_head is not None:
+        write_class_head(partial, class_head)
     if hf_text is not None:
         write_hf_tower(hf_text, contract.text, partial)
     else:

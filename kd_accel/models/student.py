@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from kd_accel.config import StudentConfig
 from kd_accel.models import heads
 from kd_accel.models.build import build_student
+from kd_accel.models.class_head import ClassHead
 from kd_accel.models.hf_text import HFTextTower
 from kd_accel.models.lock import lock
 from kd_accel.models.patch_mask import PatchMask
@@ -25,6 +26,7 @@ class Student(nn.Module):
     projector       None, or a head per tower into the teacher's space
     prototype_head  None, or a head per tower whose output is clustered
     class_head      None, or a linear layer on the image embedding
+    class_names     None, or what the data calls its classes, by number
     mask            None, or what gives the image tower its masked view
     contract        what it wants as input
     model_cfg       open_clip's description of it, for the release
@@ -66,6 +68,7 @@ class Student(nn.Module):
         self.int8: str | None = None
         self.mask = None if mask_ratio is None else PatchMask.install(self.clip.visual, mask_ratio)
         self.projector = self.prototype_head = self.class_head = None
+        self.class_names: tuple[str, ...] | None = None
         self.frozen: list[str] = []
         if config.projector is not None:
             self.projector = heads.projector(
@@ -172,6 +175,17 @@ class Student(nn.Module):
         assert not odd, f"not a state of Student: {odd}"
         clip = {key.removeprefix("clip."): tensor for key, tensor in state.items() if key.startswith("clip.")}
         return without_masks(clip)
+
+    def released_head(self, state: dict[str, Tensor]) -> ClassHead | None:
+        """The class head of a state dict of Student, with the names where the data has one for each of its classes.
+
+        None without one, and for one that no term trains.
+        """
+        if self.class_head is None or "class head" in self.frozen:
+            return None
+        weight, bias = state["class_head.weight"], state["class_head.bias"]
+        names = self.class_names if self.class_names and len(self.class_names) == len(bias) else None
+        return ClassHead(weight, bias, names)
 
     def _parameters_of(self, tower: str) -> list[nn.Parameter]:
         """open_clip keeps the image tower under `visual`, and a CLIP's text tower beside it."""

@@ -1,18 +1,19 @@
-"""kd-accel predict MODEL IMAGE [IMAGE ...] prompts=FILE: which of the texts fits each picture, and how well.
+"""kd-accel predict MODEL IMAGE [IMAGE ...] prompts=FILE: which of the texts, or classes, fits each picture, how well.
 
     kd-accel predict runs/student cat.jpg text=[a cat,a dog]
     kd-accel predict releases/student photos/ prompts=classes.txt html=out.html
     find . -name '*.jpg' | kd-accel predict exported/ - prompts=classes.txt json_lines=true
+    kd-accel predict runs/classifier photos/
 
-Probabilities are the softmax of logit_scale * cosine over the texts, as in zero-shot classification. b pictures, m
-texts, d embedding width.
+Probabilities are the softmax of logit_scale * cosine over the texts, as in zero-shot classification; without texts
+those of the student's class head. b pictures, m texts or classes, d embedding width.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from kd_accel.data.transforms import decode, eval_view
 from kd_accel.evals.encoder import Encoder, load_encoder
 from kd_accel.metrics import replace_text
 from kd_accel.models.class_embeddings import read_names
+from kd_accel.predict.class_head import class_head_of
 from kd_accel.predict.page import page
 from kd_accel.predict_config import PredictConfig
 from kd_accel.schema import ConfigError
@@ -32,9 +34,9 @@ from kd_accel.schema import ConfigError
 
 @dataclass(frozen=True)
 class Guess:
-    """One text for a picture."""
+    """One text, or class, for a picture."""
 
-    index: int  # of the text, from 0
+    index: int  # of the text or class, from 0
     text: str
     probability: float  # 0..1
 
@@ -47,19 +49,21 @@ class Prediction:
     guesses: list[Guess]
 
 
+Probabilities = Callable[[Tensor], Tensor]  # raw image embeddings [b, d] -> [b, m]
+
+
 def run(config: PredictConfig) -> None:
     """Print the predictions. Raises ConfigError, at the end, for pictures that cannot be read."""
-    texts = config.text or read_names(Path(config.prompts), "prompts")
     encoder = load_encoder(config.model, text_from=config.text_from)
-    encoder.require("image", "text")
+    encoder.require("image")
+    texts, probabilities = (_of_texts if config.text or config.prompts else _of_classes)(encoder, config)
     paths = list(_paths(config.images))
-    columns = encoder.unit(encoder.encode_texts([config.template.replace("{c}", text) for text in texts]))
     found: list[Prediction] = []
     failed: list[str] = []
     for start in range(0, len(paths), config.batch_size):
         views, kept, bad = _read(paths[start : start + config.batch_size], encoder)
         failed += bad
-        for path, row in zip(kept, _probabilities(encoder, views, columns, config.logit_scale), strict=True):
+        for path, row in zip(kept, probabilities(encoder.encode_images(views)).cpu(), strict=True):
             prediction = Prediction(str(path), _best(row, texts, config.top_k))
             found.append(prediction)
             print(json.dumps(asdict(prediction)) if config.json_lines else in_words(prediction), flush=True)
@@ -105,8 +109,31 @@ def _read(paths: list[Path], encoder: Encoder) -> tuple[Tensor, list[Path], list
     return torch.cat(views), kept, bad
 
 
-def _probabilities(encoder: Encoder, views: Tensor, columns: Tensor, logit_scale: float) -> Tensor:  # [b, m]
-    return (logit_scale * encoder.unit(encoder.encode_images(views)) @ columns.T).softmax(dim=-1).cpu()
+def _of_texts(encoder: Encoder, config: PredictConfig) -> tuple[list[str], Probabilities]:
+    texts = config.text or read_names(Path(config.prompts), "prompts")
+    if not texts:
+        raise ConfigError(f"prompts: {config.prompts} is empty; it needs a text per line")
+    if encoder.text is None and class_head_of(config.model, encoder.embed_dim) is not None:
+        raise ConfigError(
+            f"{config.model} has a class head and no text tower: leave the texts out, or name its classes: classes=FILE"
+        )
+    encoder.require("text")
+    columns = encoder.unit(encoder.encode_texts([config.template.replace("{c}", text) for text in texts]))  # [m, d]
+    return texts, lambda images: (config.logit_scale * encoder.unit(images) @ columns.T).softmax(dim=-1)
+
+
+def _of_classes(encoder: Encoder, config: PredictConfig) -> tuple[list[str], Probabilities]:
+    """The names of the classes, or their numbers where nobody knows the names."""
+    head = class_head_of(config.model, encoder.embed_dim)
+    if head is None:
+        raise ConfigError(
+            f"{config.model} has no class head, so give either prompts=FILE or text=[...]: the texts to choose from"
+        )
+    count = len(head.bias)
+    names = read_names(Path(config.classes), "classes") if config.classes else head.names
+    if names is not None and len(names) != count:
+        raise ConfigError(f"classes={config.classes}: {len(names)} names, but the class head knows {count} classes")
+    return list(names or (f"class {number}" for number in range(count))), head.probabilities
 
 
 def _best(probabilities: Tensor, texts: list[str], top_k: int) -> list[Guess]:
