@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -32,6 +33,8 @@ def upload(folder: Path, config: PushConfig, *, tag: str | None, message: str) -
     token = get_token()
     if token is None:
         raise ConfigError("no token for the HuggingFace Hub: set HF_TOKEN, or log in with `hf auth login`")
+    if re.fullmatch(r"[!-~]+", token) is None:  # the HTTP client would print it, escaped, where it complains
+        raise ConfigError("the token for the HuggingFace Hub has a character that no token has: set HF_TOKEN anew")
     api = HfApi(token=token)
 
     def retried(what: str, act: Callable[[], T]) -> T:

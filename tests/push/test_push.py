@@ -15,6 +15,9 @@ from fake_hub import TOKEN, FakeHub
 
 from kd_accel.export.verb import run as export
 from kd_accel.export_config import ExportConfig
+from kd_accel.push.verb import run
+from kd_accel.push_config import PushConfig
+from kd_accel.schema import ConfigError
 
 PATIENCE_S = 300
 LOAD = """
@@ -131,12 +134,12 @@ def command_lines(pid: int) -> list[str]:
 @pytest.fixture
 def run_folder(folder, tmp_path) -> Path:
     """A run with a checkpoint of step 20, and what it logged."""
-    run = tmp_path / "run"
-    shutil.copytree(folder, run / "checkpoints" / "step_00000020" / "student")
-    (run / "checkpoints" / "latest").write_text("step_00000020")
-    (run / "config.yaml").write_text("optim: {lr: 0.5}\n")
-    (run / "metrics.jsonl").write_text('{"step": 20, "loss": 1.5}\n')
-    return run
+    place = tmp_path / "run"
+    shutil.copytree(folder, place / "checkpoints" / "step_00000020" / "student")
+    (place / "checkpoints" / "latest").write_text("step_00000020")
+    (place / "config.yaml").write_text("optim: {lr: 0.5}\n")
+    (place / "metrics.jsonl").write_text('{"step": 20, "loss": 1.5}\n')
+    return place
 
 
 def test_a_run_is_pushed_at_its_newest_checkpoint(hub, run_folder, tmp_path):
@@ -157,10 +160,18 @@ def test_a_run_is_pushed_at_its_newest_checkpoint(hub, run_folder, tmp_path):
     assert [path.name for path in (run_folder / "checkpoints" / "step_00000020").iterdir()] == ["student"]
 
 
-def test_a_card_that_is_there_is_not_changed(hub, folder, tmp_path):
-    output = push(hub, tmp_path, str(folder), "repo=me/student", "license=mit", code=2)
-    assert "license=mit" in output
-    assert hub.repos == {}
+def test_a_card_that_is_there_is_not_changed(folder):
+    with pytest.raises(ConfigError, match=f"license=mit: {folder} has its card"):
+        run(PushConfig(model=str(folder), repo="me/student", license="mit"))
+
+
+@pytest.mark.parametrize("token", ["\u201chf_another\u201d", "hf_another\x0bone"])
+def test_a_token_that_cannot_be_sent_is_not_shown(folder, monkeypatch, token):
+    """As one that was copied with quotation marks."""
+    monkeypatch.setenv("HF_TOKEN", token)
+    with pytest.raises(ConfigError, match="set HF_TOKEN anew") as error:
+        run(PushConfig(model=str(folder), repo="me/student"))
+    assert "hf_another" not in str(error.value)
 
 
 def test_a_folder_without_a_card_is_said(hub, tmp_path):
