@@ -4,7 +4,8 @@
            config.json  model.safetensors  processor_config.json     transformers: CLIPModel, VisionTextDualEncoderModel
            image.onnx  text.onnx  meta.json                                         onnx
            int8.safetensors                              of a student that was trained as int8
-           README.md                                                                the model card
+           class_head.safetensors                        of a student that was trained with one
+           README.md  curves.png                                                    the model card
 
 Every format is loaded again and compared with the student; the folder appears whole, or not at all.
 """
