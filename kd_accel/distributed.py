@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import sys
 import threading
 import time
@@ -17,28 +18,57 @@ from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import cache
+from ipaddress import ip_address
 from statistics import median
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from kd_accel.schema import ConfigError
+from kd_accel.schema import ConfigError, LocalError
 
 
 def start_process_group(timeout_s: float) -> None:
     """Join the processes that torchrun or accelerate launched (NCCL with CUDA, else gloo); does nothing when alone.
 
-    A rank that waits longer than `timeout_s` seconds for another one ends the run with an error.
+    A rank that waits longer than `timeout_s` seconds for another one ends the run with an error. Raises LocalError
+    where they do not come together.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     backend = "nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+    try:
+        _choose_interface(os.environ["MASTER_ADDR"])
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+    except (OSError, RuntimeError) as error:
+        names = "MASTER_ADDR", "MASTER_PORT", "GLOO_SOCKET_IFNAME"
+        given = ", ".join(f"{name}={os.environ[name]}" for name in names if name in os.environ)
+        raise LocalError(
+            f"rank {os.environ['RANK']}: the {os.environ['WORLD_SIZE']} processes do not find each other ({given}):"
+            f" {first_line(error)}; kd-accel doctor, launched in the same way, looks for the reason"
+        ) from error
+
+
+def _choose_interface(address: str) -> None:
+    """Let gloo use the network interface that leads to `address`, where that is not this machine alone.
+
+    By itself it takes the one that the host's own name resolves to, which is the loopback on many machines. Raises
+    OSError for an address that cannot be reached.
+    """
+    family, *_, place = socket.getaddrinfo(address, 9, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        probe.connect(place)  # sends nothing
+        own = probe.getsockname()[0]
+    if ip_address(own).is_loopback:
+        return
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(own == found.address for found in addresses):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
 
 
 @cache
@@ -287,6 +317,11 @@ LOST = ("closed by peer", "Connection reset", "Timed out waiting", "timed out af
 def is_lost_peer(error: BaseException) -> bool:
     """Whether a collective failed because another process died or does not answer; torch only says so in words."""
     return world_size() > 1 and isinstance(error, RuntimeError) and any(words in str(error) for words in LOST)
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of torch says, without the stack that it brings."""
+    return str(error).strip().partition("\n")[0]
 
 
 def end_process(code: int) -> None:

@@ -23,7 +23,8 @@ def start_accelerator(
     """The Accelerator of this run, with everything that engines guess written out.
 
     `batch_size` samples per process and micro-batch; a process waits `timeout_s` seconds for another one.
-    Reads the launcher's environment; raises ConfigError for combinations that would train something else than asked.
+    Reads the launcher's environment; raises ConfigError for combinations that would train something else than asked,
+    LocalError where the processes do not come together.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     on_cpu = not torch.cuda.is_available()
@@ -34,6 +35,7 @@ def start_accelerator(
 
     timeout = timedelta(seconds=timeout_s)
     distributed.wait_at_most(timeout_s)
+    distributed.start_process_group(timeout_s)
     # Without the backend's name Accelerate believes on a machine without GPU that every rank is alone.
     handlers = [InitProcessGroupKwargs(backend="gloo" if on_cpu else "nccl", timeout=timeout)]
     mixed = "bf16" if precision == "bf16" else "no"

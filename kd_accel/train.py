@@ -65,7 +65,7 @@ def run(config: TrainConfig) -> None:
             kind, lost = LocalError, "a worker of the data loader died; when memory was short, lower data.num_workers"
         else:
             raise
-        said = f"rank {distributed.rank()}: {lost} ({_first_line(error)}); start again with resume=auto"
+        said = f"rank {distributed.rank()}: {lost} ({distributed.first_line(error)}); start again with resume=auto"
         raise kind(said) from error
     finally:
         end_accelerator()
@@ -340,7 +340,3 @@ def _other_ranks() -> str:
     """In words; who of several is lost, nobody can tell."""
     rank, others = distributed.rank(), distributed.world_size() - 1
     return f"rank {1 - rank}" if others == 1 else f"one of the {others} other ranks"
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0]
