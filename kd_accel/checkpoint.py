@@ -188,6 +188,8 @@ def choose(found: Path | None, run: Path, *, may_go_back: bool) -> tuple[Path | 
 def _whole(found: Path | None, run: Path, may_go_back: bool) -> tuple[Path | None, list[str]]:
     older = [path for path in reversed(_steps(run / "checkpoints")) if found and path.name < found.name]
     said = []
+    if found and may_go_back and found.name != _pointed_at(run):
+        said.append(f"{run / 'checkpoints' / LATEST}: names no checkpoint; the highest step is taken")
     for path in [found, *(older if may_go_back else [])] if found else []:
         reason = damage(path)
         if reason is None:
@@ -251,13 +253,18 @@ def find(config: TrainConfig, run: Path) -> Path | None:
 def newest(run: Path) -> Path | None:
     """The newest whole checkpoint of a run: the one `latest` names, or the highest step when that file is lost."""
     folder = run / "checkpoints"
-    try:
-        named = folder / (folder / LATEST).read_text().strip()
-    except (OSError, UnicodeDecodeError):
-        named = folder
+    named = folder / _pointed_at(run)
     if (named / "state" / "progress.json").is_file():
         return named
     return max(_steps(folder), default=None)
+
+
+def _pointed_at(run: Path) -> str:
+    """The name in `latest`; empty where there is none to read."""
+    try:
+        return (run / "checkpoints" / LATEST).read_text().strip()
+    except (OSError, UnicodeDecodeError):
+        return ""
 
 
 def published(run: Path) -> dict[Path, str]:

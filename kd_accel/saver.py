@@ -46,6 +46,7 @@ class Saver:
         self._last_time = time.monotonic()
         self._snapshot_step: int | None = None  # of the checkpoint under way
         self._newest_step: int | None = newest_step  # of the last one that was begun and did not fail
+        self._last: Path | None = None  # the last one that this process has seen whole
         self._thread: threading.Thread | None = None
         self._result: tuple[dict[str, list], str | None] = {}, None  # files written by this rank, what went wrong
         if distributed.is_main():
@@ -97,6 +98,7 @@ class Saver:
         results = distributed.gather_objects(self._result)
         errors = [f"rank {rank}: {error}" for rank, (_, error) in enumerate(results) if error is not None]
         if not errors and distributed.is_main():
+            self._miss_the_last()
             try:
                 files = {name: mark for written, _ in results for name, mark in written.items()}
                 publish(partial, files, self._config.save)
@@ -104,6 +106,7 @@ class Saver:
                 errors = [str(error)]
         errors, whole = distributed.from_main((errors, newest(self._run)))
         if not errors:
+            self._last = whole
             if distributed.is_main():
                 log.info("saved %s", whole)
                 self._published(whole)
@@ -115,6 +118,11 @@ class Saver:
             log.error("%s", said)
         if must:
             raise ConfigError(f"{said}: make room or set output_dir, then resume=auto goes on from there")
+
+    def _miss_the_last(self) -> None:
+        """Say when somebody has taken away the checkpoint before this one."""
+        if self._last is not None and not self._last.exists():
+            log.warning("%s is gone: it was removed under the run", self._last)
 
     def _write(self, snapshot) -> None:
         try:

@@ -113,7 +113,7 @@ def test_a_dead_host_costs_the_steps_since_the_last_checkpoint(dead, hosts, one_
 def test_hosts_that_do_not_come_together_say_so(hosts, words, tmp_path):
     """Without an interface between them: a line each instead of torch's stack, and nothing written."""
     with Launchers(hosts, words("run", TIMEOUT), tmp_path / "log", interface="lo") as ranks:
-        assert ranks.wait(120) == [1, 1], ranks.said()
+        assert ranks.wait(240) == [1, 1], ranks.said()
     found = f"(MASTER_ADDR={hosts.ADDRESSES[0]}, MASTER_PORT=29500, GLOO_SOCKET_IFNAME=lo): "
     said = [line.partition(found)[0] for line in errors_of(ranks)]
     assert said == [f"error: rank {rank}: the 2 processes do not find each other " for rank in (0, 1)]
