@@ -18,7 +18,7 @@ class ExportConfig(Schema):
     out: str
     """Folder of the release; it must not exist yet."""
     format: list[Literal["open_clip", "transformers", "onnx"]] = ["open_clip"]
-    """open_clip's files are always written; format=open_clip,transformers,onnx adds CLIPModel's and ONNX files."""
+    """open_clip's files are always written; format=open_clip,transformers,onnx adds transformers' and ONNX files."""
     image_from: str | None = None
     """A run, checkpoint or release whose image tower takes the place of the model's own."""
     text_from: str | None = None
