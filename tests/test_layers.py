@@ -34,7 +34,6 @@ LAYERS = (
         "embed",
         "evals.suite",
         "evals.prepare",
-        "export push",
         "predict",
         "report",
         "filter",
@@ -42,8 +41,8 @@ LAYERS = (
         "download",
         "index",
         "plan",
-        "doctor",
     ),
+    ("export push", "doctor"),  # the card shows what the report does, the doctor looks at shapes as plan does
     ("demo",),  # runs the other verbs
     ("cli __main__",),
 )
