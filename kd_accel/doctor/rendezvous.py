@@ -12,6 +12,7 @@ import socket
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from ipaddress import ip_address
 from statistics import median
 from typing import Any
 
@@ -33,7 +34,7 @@ class Answer:
     """What a rank says of itself before there is a process group."""
 
     host: str
-    address: str  # to which its host's name resolves
+    address: str | None  # the first to which its host's name resolves, which is what gloo offers to others
     backend: str  # of collectives: nccl or gloo
     socket: str | None  # network interface that gloo was told to take
     findings: list[Finding]
@@ -42,9 +43,9 @@ class Answer:
     def of_this_rank(cls, findings: list[Finding]) -> Answer:
         host = socket.gethostname()
         try:
-            address = socket.gethostbyname(host)
+            address = socket.getaddrinfo(host, None)[0][4][0]
         except OSError:
-            address = "no address"
+            address = None
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         return cls(host, address, backend, os.environ.get("GLOO_SOCKET_IFNAME"), findings)
 
@@ -78,7 +79,8 @@ def attendance(answers: Sequence[Answer | None], timeout_s: float) -> list[Findi
 
 
 def _is_unreachable(answer: Answer) -> bool:
-    return answer.backend == "gloo" and answer.socket is None and answer.address.startswith(("127.", "no"))
+    is_local = answer.address is None or ip_address(answer.address).is_loopback
+    return answer.backend == "gloo" and answer.socket is None and is_local
 
 
 def agreement(config: TrainConfig | None) -> list[Finding]:

@@ -21,13 +21,13 @@ from kd_accel.doctor.findings import Finding, checked, of_all_ranks, together
 from kd_accel.doctor.rendezvous import Answer
 from kd_accel.doctor_config import DoctorConfig
 from kd_accel.launch import end_accelerator, start_accelerator
-from kd_accel.schema import ConfigError, LostPeerError
+from kd_accel.schema import ConfigError
 
 Report = list[Finding]
 
 
 def run(config: DoctorConfig) -> int:
-    """Print what was found; 1 when something of it is a failure, else 0. Raises LostPeerError."""
+    """Print what was found; 1 when something of it is a failure, else 0."""
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     try:
         return _examine(config.training(), config.timeout_s)
@@ -35,7 +35,8 @@ def run(config: DoctorConfig) -> int:
         if not distributed.is_lost_peer(error):
             raise
         said = f"rank {distributed.rank()}: another process died, or did not answer for {config.timeout_s:g} s"
-        raise LostPeerError(said) from error
+        _tell([Finding("FAIL", "rendezvous", f"{said}: look at what it said last")])
+        return 1
     finally:
         end_accelerator()
 

@@ -14,7 +14,9 @@ from kd_accel.doctor.rendezvous import Answer, attendance, rounds
 from kd_accel.schema import ConfigError
 
 
-def answer(host: str = "a", address: str = "10.0.0.1", backend: str = "gloo", interface: str | None = None) -> Answer:
+def answer(
+    host: str = "a", address: str | None = "10.0.0.1", backend: str = "gloo", interface: str | None = None
+) -> Answer:
     return Answer(host, address, backend, interface, [])
 
 
@@ -32,7 +34,9 @@ def test_an_answer_arrives_as_it_was_sent():
         ([answer(), None, answer("b"), None], "FAIL", "ranks 1, 3 did not come within 5 s; 2 of 4 are there, on a, b"),
         ([answer(backend="nccl"), answer()], "FAIL", "rank 1 see no GPU"),
         ([answer(), answer("b", "127.0.1.1")], "FAIL", "the names of b resolve to no address"),
-        ([answer(), answer("b", "no address")], "FAIL", "set GLOO_SOCKET_IFNAME"),
+        ([answer(), answer("b", "fe80::1%eth0")], "ok", "2 ranks on 2 machines"),
+        ([answer(), answer("b", "::1")], "FAIL", "set GLOO_SOCKET_IFNAME"),
+        ([answer(), answer("b", None)], "FAIL", "set GLOO_SOCKET_IFNAME"),
         ([answer(), answer("b", "127.0.1.1", interface="eth0")], "ok", "2 ranks on 2 machines"),
         ([answer(address="127.0.0.1"), answer(address="127.0.0.1")], "ok", "2 ranks on 1 machine"),
     ],
