@@ -71,9 +71,10 @@ def write_card(folder: Path, config: ExportConfig, exported: Exported, parities:
 def _front_matter(config: ExportConfig, exported: Exported, origins: list[Origin]) -> str:
     """What the Hub reads. Base models and datasets are those of the Hub; of others it knows nothing."""
     whole = exported.contract.image is not None and exported.contract.text is not None
+    alone = "feature-extraction" if exported.class_head is None else "image-classification"
     data = ModelCardData(
         library_name="open_clip" if is_open_clips(exported.model_cfg) else "kd_accel",
-        pipeline_tag="zero-shot-image-classification" if whole else "feature-extraction",
+        pipeline_tag="zero-shot-image-classification" if whole else alone,
         license=config.license,
         tags=["clip", *(["knowledge-distillation"] if any(o.teachers for o in origins) else []), "kd_accel"],
         base_model=_unique(name for origin in origins for name in origin.base_models),

@@ -151,13 +151,16 @@ def test_mistakes_are_one_line(place, tmp_path, monkeypatch, capsys, words, said
 
 
 def test_a_tower_with_a_head_takes_no_texts(place, tmp_path, capsys):
-    """The message names what does instead; a strange head is refused in a line."""
+    """The message names what does instead; its card calls it a classifier; a strange head is refused in a line."""
     model = tmp_path / "model"
     arch = {"embed_dim": 8, "vision_cfg": tiny.arch()["vision_cfg"]}
     tiny.write_teacher(model, arch)
     shutil.copy(student_of(place) / FILE, model)
     assert main(["predict", str(model), str(place / "pictures"), "text=[a]"]) == 2
     assert "has a class head and no text tower: leave the texts out, or name its classes" in capsys.readouterr().err
+    assert main(["export", str(model), f"out={tmp_path / 'card'}"]) == 0
+    assert "pipeline_tag: image-classification" in (tmp_path / "card" / "README.md").read_text()
+    capsys.readouterr()
     (model / FILE).write_bytes(b"junk")
     for words in (["predict", str(model), str(place / "pictures")], ["export", str(model), f"out={tmp_path / 'out'}"]):
         assert main(words) == 2
