@@ -36,22 +36,24 @@ def shapes_only() -> Iterator[None]:
 class Watch:
     """What happens inside: floating point operations, and bytes of the tensors that come to be.
 
-    flops   two per multiplication and addition of matrix products, convolutions, attention
+    flops   two per multiplication and addition of matrix products, convolutions, attention; 0 where nobody counts
     held    bytes of those that are still there
     peak    the most that were there at a time
     """
 
-    def __init__(self):
+    def __init__(self, *, counts_flops: bool = True):
+        """Counting FLOPs takes twice the time."""
         self._flops, self._live = FlopCounterMode(display=False), _Live()
+        self._modes = [*([self._flops] if counts_flops else []), self._live]
 
     def __enter__(self) -> Watch:
-        self._flops.__enter__()
-        self._live.__enter__()
+        for mode in self._modes:
+            mode.__enter__()
         return self
 
     def __exit__(self, *error) -> None:
-        self._live.__exit__(*error)
-        self._flops.__exit__(*error)
+        for mode in reversed(self._modes):
+            mode.__exit__(*error)
 
     @property
     def flops(self) -> int:

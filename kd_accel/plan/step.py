@@ -47,7 +47,7 @@ class ObjectiveCost:
 def towers_cost(student: Student, teachers: Teachers, config: TrainConfig, *, rows: int, zero: bool) -> TowersCost:
     """Inside shapes_only(). `zero`: as DeepSpeed runs it, with bf16 weights, and gradients that are taken away at once;
 
-    else bf16 is autocast, and gradients stay.
+    else bf16 is autocast, and gradients stay. FLOPs are the same and counted only in the latter.
     """
     bf16 = config.precision == "bf16"
     live = {name: teacher for name, teacher in teachers.items() if isinstance(teacher, Teacher)}
@@ -59,7 +59,7 @@ def towers_cost(student: Student, teachers: Teachers, config: TrainConfig, *, ro
     trained = [p for p in student.parameters() if p.requires_grad and zero]
     hooks = [p.register_post_accumulate_grad_hook(_forget) for p in trained]
     flops = {}
-    with Watch() as watch:
+    with Watch(counts_flops=not zero) as watch:
         with autocast:
             said = student(image, text.get("student"))
             forward = watch.flops
