@@ -93,13 +93,13 @@ def test_machines_that_differ(train_yaml, tmp_path):
     assert list((tmp_path / "runs").iterdir()) == []
 
 
-def by_hand(rank: int, world_size: int, port: int, *words: str) -> subprocess.Popen:
+def by_hand(rank: int, world_size: int, port: int, *words: str, program: list[str] = DOCTOR) -> subprocess.Popen:
     """A rank as SLURM starts it: no launcher has a time of its own."""
     env = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     quiet = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(REPO)}
     env = {**os.environ, **quiet, **{key: str(value) for key, value in env.items()}}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([sys.executable, *DOCTOR, *words], env=env, cwd=REPO, **pipes)
+    return subprocess.Popen([sys.executable, *program, *words], env=env, cwd=REPO, **pipes)
 
 
 @pytest.mark.distributed
@@ -122,3 +122,21 @@ def test_a_wrong_port(free_port):
         f"FAIL rank 1: rank 0 does not answer at 127.0.0.1:{free_port} within 2 s"
     )
     assert err == ""
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_a_rank_that_hangs(train_yaml, free_port, monkeypatch, tmp_path):
+    """The other one waits for timeout_s, and says so."""
+    monkeypatch.setenv("HANGS", "1")
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    worker = [str(REPO / "tests" / "doctor" / "doctor_worker.py"), str(tmp_path)]
+    words = {"program": [*worker, "doctor", str(train_yaml), "timeout_s=30"]}
+    first, last = [by_hand(rank, 2, free_port, **words) for rank in (0, 1)]
+    try:
+        out, _ = first.communicate(timeout=240)
+    finally:
+        last.kill()
+        last.communicate()
+    assert first.returncode == 1
+    assert lines(out)["rendezvous"].startswith("FAIL rank 0: another process died, or did not answer for 30 s")
