@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from kd_accel.schema import Schema
 
@@ -25,6 +25,10 @@ class ExportConfig(Schema):
     """Likewise the text tower: towers that were distilled apart become one CLIP."""
     logit_scale: float | None = Field(None, gt=0)
     """1 / temperature; null: that of the model, or of the one that the text tower is from."""
+    int8: Literal["modelopt", "torchao"] | None = None
+    """Quantise the tower of image.onnx without training: modelopt for TensorRT, torchao for ONNX Runtime on CPUs."""
+    calibrate: str | None = None
+    """Of int8: a folder of pictures, or indexed shards, like those that it will see; 256 of them show the ranges."""
     license: str | None = None
     """Of the weights, in the Hub's words (mit, apache-2.0), for the card."""
 
@@ -32,3 +36,11 @@ class ExportConfig(Schema):
     @classmethod
     def _with_commas(cls, value):
         return [name.strip() for name in value.split(",")] if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _int8_is_whole(self):
+        if (self.int8 is None) != (self.calibrate is None):
+            raise ValueError("int8 and calibrate belong together: give both, or neither")
+        if self.int8 is not None and "onnx" not in self.format:
+            raise ValueError("int8 is a matter of image.onnx: add onnx to format, or drop int8 and calibrate")
+        return self

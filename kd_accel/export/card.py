@@ -14,6 +14,7 @@ from huggingface_hub import ModelCardData
 
 from kd_accel import __version__
 from kd_accel.export.assemble import Exported
+from kd_accel.export.calibrate import Agreement
 from kd_accel.export.curves import write_curves
 from kd_accel.export.evaluation import evaluation_table
 from kd_accel.export.origin import Origin, hub_name, origin_of, without_secrets
@@ -53,7 +54,9 @@ kd-accel predict FOLDER photos/
 ```"""
 
 
-def write_card(folder: Path, config: ExportConfig, exported: Exported, parities: list[Parity]) -> None:
+def write_card(
+    folder: Path, config: ExportConfig, exported: Exported, parities: list[Parity], agreement: Agreement | None
+) -> None:
     """Write FOLDER/README.md, and a picture of the curves beside it where they can be drawn."""
     origins = [origin for release in exported.sources if (origin := origin_of(release))]
     sections = [
@@ -61,6 +64,7 @@ def write_card(folder: Path, config: ExportConfig, exported: Exported, parities:
         f"# {Path(config.out).name}",
         _summary(exported, origins),
         *_results(exported, origins),
+        *([] if agreement is None else [f"## INT8\n\n{_int8(config, agreement)}"]),
         f"## Loading\n\n{_loading(exported, config)}",
         *(_training(origin, folder, number) for number, origin in enumerate(origins, start=1)),
         f"## Checked\n\n{_checked(parities)}",
@@ -129,6 +133,13 @@ def _given(value: Any) -> Any:
     return None if value in ({}, []) else value
 
 
+def _int8(config: ExportConfig, agreement: Agreement) -> str:
+    return (
+        f"`image.onnx` was quantised after training by {config.int8}, with the ranges that {agreement.num_pictures}"
+        f" pictures showed; on them the {agreement}."
+    )
+
+
 def _loading(exported: Exported, config: ExportConfig) -> str:
     parts = [OPEN_CLIP if is_open_clips(exported.model_cfg) else OURS]
     parts += [TRANSFORMERS] if "transformers" in config.format else []
@@ -146,6 +157,6 @@ def _checked(parities: list[Parity]) -> str:
     if any(parity.format == "int8" for parity in parities):
         lines += [
             "",
-            "int8: `image.onnx` has 8-bit integers; compared with the tower as it was trained, by 1 - cosine.",
+            "int8: `image.onnx` has integers; compared by 1 - cosine to the tower that imitates their rounding.",
         ]
     return "\n".join([head, *lines])

@@ -3,7 +3,7 @@
     FOLDER/open_clip_config.json  open_clip_model.safetensors  tokenizer files      always
            config.json  model.safetensors  processor_config.json     transformers: CLIPModel, VisionTextDualEncoderModel
            image.onnx  text.onnx  meta.json                                         onnx
-           int8.safetensors                              of a student that was trained as int8
+           int8.safetensors                              of a student that is int8 by training, or by `calibrate`
            class_head.safetensors                        of a student that was trained with one
            README.md  curves.png                                                    the model card
 
@@ -16,6 +16,7 @@ import shutil
 from pathlib import Path
 
 from kd_accel.export.assemble import Exported, load_exported
+from kd_accel.export.calibrate import Agreement, check_float, quantise
 from kd_accel.export.card import write_card
 from kd_accel.export.dual_encoder import check_dual_encoder, write_dual_encoder
 from kd_accel.export.onnx_files import write_onnx
@@ -33,12 +34,14 @@ def run(config: ExportConfig) -> None:
     if out.exists():
         raise ConfigError(f"out={out}: is there already: name another folder, or remove it")
     exported = load_exported(config)
+    if config.int8 is not None:
+        check_float(exported, f"int8={config.int8}")
     if "transformers" in config.format:
         _check_transformers(exported)
     partial = out.with_name(f".exporting_{out.name}")
     shutil.rmtree(partial, ignore_errors=True)  # left by a process that was killed
     try:
-        parities = _write(partial, exported, config)
+        parities, agreement = _write(partial, exported, config)
         partial.rename(out)
     except OSError as error:
         raise ConfigError(f"out={out}: cannot be written: {error}") from None
@@ -47,6 +50,8 @@ def run(config: ExportConfig) -> None:
     for parity in parities:
         what = "1 - cosine of a picture" if parity.format == "int8" else "difference of unit features"
         print(f"{parity.format}: largest {what} {_largest(parity):.2g}")
+    if agreement is not None:
+        print(f"int8: {agreement}, over {agreement.num_pictures} pictures")
     print(f"written to {out}")
 
 
@@ -57,8 +62,8 @@ def _check_transformers(exported: Exported) -> None:
         check_dual_encoder(exported.model_cfg, exported.contract, exported.hf_text)
 
 
-def _write(folder: Path, exported: Exported, config: ExportConfig) -> list[Parity]:
-    """All files; the formats' differences from the model."""
+def _write(folder: Path, exported: Exported, config: ExportConfig) -> tuple[list[Parity], Agreement | None]:
+    """All files; the formats' differences from the model, and that of a tower that is quantised here."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     write_release(
         folder,
@@ -79,7 +84,9 @@ def _write(folder: Path, exported: Exported, config: ExportConfig) -> list[Parit
             write_transformers_clip(folder, **values)
         else:
             write_dual_encoder(folder, text=exported.hf_text, **values)
-    int8 = None
+    int8 = agreement = None
+    if config.int8 is not None:
+        int8, agreement = quantise(folder, config.int8, config.calibrate, model=model, image=contract.image)
     if "onnx" in config.format:
         if exported.int8 is not None:
             int8 = restore(folder, exported.int8)
@@ -87,10 +94,10 @@ def _write(folder: Path, exported: Exported, config: ExportConfig) -> list[Parit
         write_onnx(folder, model=model, contract=contract, embed_dim=width, scale=scale, name=name, int8=int8)
     formats = list(dict.fromkeys(["open_clip", *config.format]))
     parities = check_all(folder, formats, model=model, contract=contract, int8=int8)
-    write_card(folder, config, exported, parities)
+    write_card(folder, config, exported, parities, agreement)
     for file in folder.iterdir():
         file.chmod(0o644)  # safetensors makes files that only their owner can read
-    return parities
+    return parities, agreement
 
 
 def _largest(parity: Parity) -> float:
