@@ -51,6 +51,11 @@ class Engine:
             raise ConfigError(
                 "FSDP2 shards weights of one dtype, and a frozen teacher has another: set teacher.placement=replicated"
             )
+        if student.int8 == "torchao" and (self.zero_stage == 3 or self.is_fsdp):
+            raise ConfigError(
+                "compress.int8=torchao computes with a traced graph, for which ZeRO-3 and FSDP2 do not gather weights:"
+                " launch with ZeRO-2 or DDP, or set compress.int8=modelopt"
+            )
         self.student = student
         live = {name: teacher for name, teacher in teachers.items() if isinstance(teacher, Teacher)}
         if config.precision == "bf16":

@@ -97,10 +97,13 @@ class GraphTower(nn.Module):
             return functional_call(self.graph, self.tensors(), (image.float(),)).to(image.dtype)
 
     def tensors(self) -> dict[str, Tensor]:
-        """What the graph reads of the tower, floating-point tensors as fp32."""
-        own = dict(chain(self.named_parameters(), self.named_buffers()))
-        read = {node.target for node in self.graph.graph.nodes if node.op == "get_attr"} & own.keys()
-        return {name: own[name].float() if own[name].is_floating_point() else own[name] for name in read}
+        """What the graph reads of the tower, floating-point tensors as fp32.
+
+        In one order on all ranks: ZeRO adds up gradients in the order in which they come back through the casts.
+        """
+        read = {node.target for node in self.graph.graph.nodes if node.op == "get_attr"}
+        own = chain(self.named_parameters(), self.named_buffers())
+        return {name: t.float() if t.is_floating_point() else t for name, t in own if name in read}
 
     def _set_modes(self) -> None:
         """Traced graphs know no train() and eval(): the mode is an argument of their nodes."""

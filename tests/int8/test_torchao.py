@@ -159,6 +159,12 @@ def test_bf16_weights_and_autocast_compute_in_fp32(quantised):
     assert all(p.grad.dtype == torch.bfloat16 and p.grad.isfinite().all() for p in tower.parameters())
 
 
+def test_gradients_come_back_in_one_order(quantised):
+    """Ranks that hand them over in different orders would add up those of different weights."""
+    tower = quantised("timm")
+    assert list(tower.tensors())[: len(list(tower.parameters()))] == [name for name, _ in tower.named_parameters()]
+
+
 @pytest.mark.parametrize("kind", ["vit", "resnet", "small"])
 @torch.no_grad()
 def test_onnx_says_what_the_tower_says(tmp_path, quantised, kind):
