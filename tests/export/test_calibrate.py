@@ -59,18 +59,20 @@ def test_of_many_pictures_some_are_taken_from_everywhere(tmp_path, releases):
     assert (pixels == pixels[0]).flatten(1).all(1).sum() == NUM_PICTURES // 2
 
 
-def test_a_float_student_becomes_int8(tmp_path, releases, pictures, capsys):
+@pytest.mark.parametrize("backend", ["torchao", "modelopt"])
+def test_a_float_student_becomes_int8(tmp_path, releases, pictures, backend, capsys):
     """Its features are near; console and card say how near; what was found travels with the release."""
-    for package in ("torchao", "onnx", "onnxscript", "onnxruntime"):
+    for package in (backend, "onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(package, reason='the extras "export" and "quant" are not installed')
     out, again = tmp_path / "made", tmp_path / "again"
-    words = ["format=onnx", "int8=torchao", f"calibrate={pictures}"]
+    words = ["format=onnx", f"int8={backend}", f"calibrate={pictures}"]
     assert main(["export", str(releases("vit")), f"out={out}", *words]) == 0
     said = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("int8: cosine"))
     assert said.endswith("over 5 pictures")
-    assert read_int8(out).backend == "torchao"
+    assert read_int8(out).backend == backend
     assert (
-        "quantised after training by torchao, with the ranges that 5 pictures showed" in (out / "README.md").read_text()
+        f"quantised after training by {backend}, with the ranges that 5 pictures showed"
+        in (out / "README.md").read_text()
     )
     assert main(["export", str(out), f"out={again}", "format=onnx"]) == 0
     views = torch.randint(0, 256, (5, 3, 32, 32), dtype=torch.uint8)
