@@ -13,7 +13,7 @@ from torch import nn
 from kd_accel.models.sparsity import MASK, sparsify
 from kd_accel.models.towers import build_open_clip
 
-pytest.importorskip("torchao", reason='needs torchao: pip install "kd-accel[quant]"')
+pytest.importorskip("torchao", reason='needs torchao: pip install "kd-accel[quant-cpu]"')
 from kd_accel.int8.torchao import insert, split, write  # noqa: E402
 
 TOWERS = {
