@@ -21,7 +21,7 @@ from kd_accel.train import run
 LEARNING = {"objective": {"terms": {"clip": {"kind": "clip"}}}, "optim": {"lr": 1e-2, "steps": 4}}
 WEIGHTS = "open_clip_model.safetensors"
 for package in ("torchao", "onnxruntime"):
-    pytest.importorskip(package, reason='the extras "quant" and "export" are not installed')
+    pytest.importorskip(package, reason='the extras "quant-cpu" and "export" are not installed')
 
 
 @pytest.fixture
