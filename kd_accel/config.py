@@ -24,7 +24,7 @@ from kd_accel.sections import (
     StudentConfig,
     TeacherConfig,
 )
-from kd_accel.terms import LabelCE, check_teachers
+from kd_accel.terms import LabelCE, MaskedFeatureMSE, check_teachers
 from kd_accel.train_eval_config import TrainEvalConfig
 
 
@@ -88,6 +88,20 @@ class TrainConfig(Schema):
             raise ValueError(
                 "compress.sparsity keeps the largest weights, which of an untrained student say nothing: train it dense"
                 " first, and give that run as student.init (or student.pretrained)"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _graph_fits(self):
+        """torchao runs a graph of the image tower, not its parts."""
+        if self.compress.int8 != "torchao":
+            return self
+        if self.student.grad_checkpointing:
+            raise ValueError("student.grad_checkpointing cannot reach into compress.int8=torchao: set it to false")
+        if masked := [n for n, term in self.objective.terms.items() if isinstance(term, MaskedFeatureMSE)]:
+            raise ValueError(
+                f"objective.terms.{masked[0]} masks patches inside the image tower, into which compress.int8=torchao"
+                " does not let it: use compress.int8=modelopt"
             )
         return self
 

@@ -69,3 +69,18 @@ def test_engines_that_keep_weights_in_parts_are_refused(stage, fsdp):
     )
     with pytest.raises(ConfigError, match="compress.int8=torchao .* launch with ZeRO-2 or DDP"):
         Engine(accelerator, SimpleNamespace(int8="torchao"), {}, optimizer=None, config=config)
+
+
+@pytest.mark.parametrize(
+    ("key", "changed"),
+    [
+        ("student.grad_checkpointing", {"student": {"arch": "x", "init": "y", "grad_checkpointing": True}}),
+        ("objective.terms.masked", {"objective": {"terms": {"masked": {"kind": "masked_feature_mse"}}}}),
+    ],
+)
+def test_what_a_graph_cannot_do_is_refused(key, changed):
+    given = {"name": "x", "data": {"shards": "x", "batch_size": 1}, "student": {"arch": "x", "init": "y"}, **LEARNING}
+    given |= {"teacher": {"path": "z"}, "compress": {"int8": "torchao"}}
+    validate(TrainConfig, given)
+    with pytest.raises(ConfigError, match=f"{key} .*compress.int8=torchao"):
+        validate(TrainConfig, given | changed)
