@@ -69,7 +69,7 @@ def test_torchrun_starts_again_what_died(dies, whole, tmp_path, train_shards, ti
     launcher = [*TWO[:-1], "--max-restarts=2", "--monitor-interval=1", TWO[-1]]
     extra = [STEPS_40, SHARDED, SELDOM, "save.every_steps=5", "resume=auto"]
     words = command(launcher, tmp_path, train_shards, tiny_teacher, "run", *extra)
-    with Ranks(words, tmp_path / "log", count=1, env=zero(2)) as torchrun:
+    with Ranks(words, tmp_path / "log", count=1, port=0, env=zero(2)) as torchrun:
         torchrun.wait_until(reached(tmp_path / "run", 12))
         (victim,) = [
             child
