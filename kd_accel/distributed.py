@@ -44,7 +44,8 @@ def start_process_group(timeout_s: float) -> None:
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     try:
         _choose_interface(os.environ["MASTER_ADDR"])
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+        timeout = timedelta(seconds=timeout_s)
+        dist.init_process_group(backend, timeout=timeout, **_place_of_this_attempt(timeout))
     except (OSError, RuntimeError) as error:
         names = "MASTER_ADDR", "MASTER_PORT", "GLOO_SOCKET_IFNAME"
         given = ", ".join(f"{name}={os.environ[name]}" for name in names if name in os.environ)
@@ -52,6 +53,18 @@ def start_process_group(timeout_s: float) -> None:
             f"rank {os.environ['RANK']}: the {os.environ['WORLD_SIZE']} processes do not find each other ({given}):"
             f" {first_line(error)}; kd-accel doctor, launched in the same way, looks for the reason"
         ) from error
+
+
+def _place_of_this_attempt(timeout: timedelta) -> dict[str, Any]:
+    """Where init_process_group meets, when torchrun may start the processes of one machine again.
+
+    Its store outlives them: without a prefix those of the next attempt would read the addresses of the dead.
+    """
+    env = os.environ
+    if env.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or env["LOCAL_WORLD_SIZE"] != env["WORLD_SIZE"]:
+        return {}
+    store = dist.PrefixStore(f"attempt_{env['TORCHELASTIC_RESTART_COUNT']}", _connect(timeout))
+    return {"store": store, "rank": int(env["RANK"]), "world_size": int(env["WORLD_SIZE"])}
 
 
 def _choose_interface(address: str) -> None:
