@@ -71,16 +71,20 @@ def test_engines_that_keep_weights_in_parts_are_refused(stage, fsdp):
         Engine(accelerator, SimpleNamespace(int8="torchao"), {}, optimizer=None, config=config)
 
 
+DISTILLED = {"terms": {"feature": {"kind": "feature_mse"}}}
+MASKED = {"terms": {"masked": {"kind": "masked_feature_mse"}}}
+
+
 @pytest.mark.parametrize(
     ("key", "changed"),
     [
         ("student.grad_checkpointing", {"student": {"arch": "x", "init": "y", "grad_checkpointing": True}}),
-        ("objective.terms.masked", {"objective": {"terms": {"masked": {"kind": "masked_feature_mse"}}}}),
+        ("objective.terms.masked", {"objective": MASKED}),
     ],
 )
 def test_what_a_graph_cannot_do_is_refused(key, changed):
     given = {"name": "x", "data": {"shards": "x", "batch_size": 1}, "student": {"arch": "x", "init": "y"}, **LEARNING}
-    given |= {"teacher": {"path": "z"}, "compress": {"int8": "torchao"}}
+    given |= {"teacher": {"path": "z"}, "objective": DISTILLED, "compress": {"int8": "torchao"}}
     validate(TrainConfig, given)
     with pytest.raises(ConfigError, match=f"{key} .*compress.int8=torchao"):
         validate(TrainConfig, given | changed)
