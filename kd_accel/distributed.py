@@ -43,7 +43,7 @@ def start_process_group(timeout_s: float) -> None:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     try:
-        _choose_interface(os.environ["MASTER_ADDR"])
+        choose_interface(os.environ["MASTER_ADDR"])
         timeout = timedelta(seconds=timeout_s)
         dist.init_process_group(backend, timeout=timeout, **_place_of_this_attempt(timeout))
     except (OSError, RuntimeError) as error:
@@ -67,7 +67,7 @@ def _place_of_this_attempt(timeout: timedelta) -> dict[str, Any]:
     return {"store": store, "rank": int(env["RANK"]), "world_size": int(env["WORLD_SIZE"])}
 
 
-def _choose_interface(address: str) -> None:
+def choose_interface(address: str) -> None:
     """Let gloo use the network interface that leads to `address`, where that is not this machine alone.
 
     By itself it takes the one that the host's own name resolves to, which is the loopback on many machines. Raises

@@ -11,6 +11,7 @@ import os
 import socket
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from ipaddress import ip_address
 from statistics import median
@@ -36,12 +37,14 @@ class Answer:
     host: str
     address: str | None  # the first to which its host's name resolves, which is what gloo offers to others
     backend: str  # of collectives: nccl or gloo
-    socket: str | None  # network interface that gloo was told to take
+    socket: str | None  # network interface that gloo takes, where somebody chose one
     findings: list[Finding]
 
     @classmethod
     def of_this_rank(cls, findings: list[Finding]) -> Answer:
         host = socket.gethostname()
+        with suppress(OSError):  # an address that cannot be reached is found by the roll call
+            distributed.choose_interface(os.environ.get("MASTER_ADDR", "127.0.0.1"))
         try:
             address = socket.getaddrinfo(host, None)[0][4][0]
         except OSError:
