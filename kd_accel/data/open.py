@@ -9,7 +9,6 @@ import numpy as np
 
 from kd_accel.config import sources_of
 from kd_accel.data.folders import open_folder
-from kd_accel.data.huggingface import open_dataset
 from kd_accel.data.index import expand_shards
 from kd_accel.data.remote import is_remote
 from kd_accel.data.remote_shards import RemoteShards, expand_urls, open_cache
@@ -53,6 +52,8 @@ def open_one(section: SourceConfig, *, images: bool, captions: bool) -> Source:
     }
     if section.table is not None:
         return open_table(section.table, image_root=section.image_root, **columns)
+    from kd_accel.data.huggingface import open_dataset  # `datasets` takes long to import
+
     return open_dataset(section.dataset, split=section.split, **columns)
 
 

@@ -31,7 +31,6 @@ from pyarrow import json as arrow_json
 
 from kd_accel.data.annotations import coco_images, read_annotations
 from kd_accel.data.columns import AUTO, Columns, Fields, is_embedded, pick, top_columns
-from kd_accel.data.huggingface import open_parquet
 from kd_accel.data.rows import ArrowRows, Part, RowSource
 from kd_accel.schema import ConfigError, did_you_mean
 
@@ -61,6 +60,8 @@ def open_table(
     if not fields.keys():
         raise ConfigError("data.image, data.caption: both are null, so there is nothing to read")
     if suffix == ".parquet" and _ask(files[0], _holds_images, fields):
+        from kd_accel.data.huggingface import open_parquet  # `datasets` takes long to import
+
         return open_parquet(files, fields, max_samples=max_samples)
     tables = [pick(_ask(file, read, fields), fields, file) for file in files]
     parts = [Part(str(file), _folder(file, image_root), len(t)) for file, t in zip(files, tables, strict=True)]
