@@ -16,6 +16,7 @@ import tiny
 from distributed import eval_fault_worker
 from distributed.test_eval import write_set
 from distributed.test_faults import Ranks, errors_of
+from marks import slow_but
 from safetensors.torch import load_file, save_file
 
 pytestmark = pytest.mark.distributed
@@ -128,6 +129,7 @@ def test_broken_weights_are_one_line(start, tmp_path, release):
     assert rows_of(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_sets_that_vanish_are_a_line_each(start, tmp_path):
     """Between the looks of two ranks, and between two batches; nothing is scored that was there of them."""
     for name in ("gone", "going", "there"):
@@ -139,6 +141,7 @@ def test_sets_that_vanish_are_a_line_each(start, tmp_path):
     assert [row["key"] for row in rows_of(tmp_path)] == ["there"]
 
 
+@pytest.mark.slow
 def test_a_folder_that_one_rank_does_not_see_is_one_line(start, tmp_path):
     """A disk that is not mounted on its machine; the other rank does not wait for it."""
     write_set(tmp_path / "sets" / "a", [i % 6 for i in range(9)])
@@ -146,7 +149,7 @@ def test_a_folder_that_one_rank_does_not_see_is_one_line(start, tmp_path):
     assert line == "error: data: /nowhere: no such folder"
 
 
-@pytest.mark.parametrize("fault", ["dead", "hanging"])
+@pytest.mark.parametrize("fault", slow_but(["dead"], ["dead", "hanging"]))
 def test_a_lost_rank_ends_the_other(start, tmp_path, fault):
     """One line, long before the test's own timeout."""
     write_set(tmp_path / "sets" / "a", [i % 6 for i in range(26)])
@@ -157,6 +160,7 @@ def test_a_lost_rank_ends_the_other(start, tmp_path, fault):
     assert "Traceback" not in ranks.said()[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 2])
 def test_a_lost_worker_ends_every_rank(start, tmp_path, count):
     """The rank that lost it says so, the other one that a process died."""

@@ -21,6 +21,7 @@ import torch
 from conftest import REPO, kill_tree, run_process
 from distributed import fault_worker
 from distributed.test_resume import SHARDED, TWO, command, curve, zero
+from marks import slow_but
 from safetensors.torch import load_file
 
 from kd_accel import checkpoint
@@ -131,7 +132,9 @@ def whole(tmp_path_factory, train_shards, tiny_teacher):
 
 
 @pytest.mark.parametrize(
-    ("number", "background"), [(signal.SIGTERM, False), (signal.SIGUSR1, True)], ids=lambda value: str(value)
+    ("number", "background"),
+    slow_but([(signal.SIGUSR1, True)], [(signal.SIGTERM, False), (signal.SIGUSR1, True)]),
+    ids=lambda value: str(value),
 )
 def test_a_signal_to_one_rank_stops_all_after_the_same_step(start, whole, tmp_path, number, background):
     """ZeRO-2 on two, the second rank gets it thrice, then both until they end: both save that step and exit 0; the rest
@@ -160,7 +163,7 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(start, whole, tmp_pa
     assert_same_run(tmp_path / "stopped", whole)
 
 
-@pytest.mark.parametrize("how", ["dead", "hanging"])
+@pytest.mark.parametrize("how", slow_but(["dead"], ["dead", "hanging"]))
 def test_a_lost_rank_ends_the_others(start, tmp_path, how):
     """The other says so in one line, within the timeout also in the engine's own groups; a whole checkpoint stays."""
     program = [fault_worker.__file__] if how == "hanging" else None
@@ -177,6 +180,7 @@ def test_a_lost_rank_ends_the_others(start, tmp_path, how):
     assert checkpoint.damage(checkpoint.newest(tmp_path / "run")) is None
 
 
+@pytest.mark.slow
 def test_a_bug_on_one_rank_ends_all(start):
     """Its traceback is shown, and its loader's worker, which no SIGTERM reaches, does not keep it alive."""
     ranks = start("run", count=2, env={**zero(2), "FAULT": "bug"}, program=[fault_worker.__file__])
@@ -185,6 +189,7 @@ def test_a_bug_on_one_rank_ends_all(start):
     assert errors_of(ranks)[0].startswith("error: rank 0: rank 1 died")
 
 
+@pytest.mark.slow
 def test_a_lost_worker_of_the_loader_ends_the_run(start, tmp_path):
     """As when memory runs out: one line."""
     ranks = start("run", "optim.steps=10000")
@@ -196,7 +201,7 @@ def test_a_lost_worker_of_the_loader_ends_the_run(start, tmp_path):
     assert "rank 0: a worker of the data loader died; when memory was short, lower data.num_workers (" in line
 
 
-@pytest.mark.parametrize("engine", ["ddp", "zero2", "zero3"])
+@pytest.mark.parametrize("engine", slow_but(["zero2"], ["ddp", "zero2", "zero3"]))
 def test_nan_on_one_rank_is_skipped_by_all(start, tmp_path, engine):
     """A gradient, then a feature: two steps change nothing, the log names rank and samples, the run goes on."""
     env = {"FAULT": "nan", **({} if engine == "ddp" else zero(int(engine[-1])))}
@@ -219,6 +224,7 @@ def test_nan_on_one_rank_is_skipped_by_all(start, tmp_path, engine):
     assert rows[-1]["loss"] < 1e6
 
 
+@pytest.mark.slow
 def test_a_full_disk_costs_checkpoints_and_nothing_else(start, tmp_path):
     """Files above a limit cannot be written: training goes on, the old checkpoint stays; the last one ends the run."""
     first = start("run", "optim.steps=6")
@@ -270,7 +276,7 @@ def test_a_disk_without_a_byte_left(start, small_disk, tmp_path):
     assert_same_run(small_disk / "run", tmp_path / "whole")
 
 
-@pytest.mark.parametrize(("resume", "count"), [("never", 2), ("auto", 1)])
+@pytest.mark.parametrize(("resume", "count"), slow_but([("never", 2)], [("never", 2), ("auto", 1)]))
 def test_a_folder_that_cannot_be_written(start, tmp_path, resume, count):
     """One line at the start, of one rank; a file is where the folder should be, which stops root too."""
     (tmp_path / "file").write_text("")

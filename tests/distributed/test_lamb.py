@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import run_process
 from distributed import lamb_worker
+from marks import slow_but
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -45,12 +46,13 @@ def plain(folder) -> dict[str, Tensor]:
     return run(folder, "plain", "plain", 0, STEPS)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", slow_but(["zero2"], ENGINES))
 def test_two_ranks_equal_one(folder, plain, engine):
     """Weights, moments and step count after five steps."""
     assert_equal_but_for_rounding(run(folder, engine, engine, 0, STEPS), plain)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("before", "after"), [("zero2", "plain"), ("plain", "zero3")])
 def test_resume_under_another_engine(folder, plain, before, after):
     """Three steps under one engine, the other two under another: the five steps of one process."""

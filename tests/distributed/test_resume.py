@@ -10,6 +10,7 @@ import time
 import pytest
 import torch
 from conftest import REPO, kill_tree, run_process
+from marks import slow_but
 from safetensors.torch import load_file
 
 pytestmark = pytest.mark.distributed
@@ -75,7 +76,7 @@ def kill_at(step: int, words: list[str], run, env: dict) -> None:
         process.wait()
 
 
-@pytest.mark.parametrize("launch", LAUNCHES)
+@pytest.mark.parametrize("launch", slow_but(["ZeRO-2 on two"], LAUNCHES))
 def test_killed_and_resumed_equals_uninterrupted(launch, tmp_path, train_shards, tiny_teacher):
     """kill -9 at a random step, resume=auto: loss curve and final weights equal those of the whole run exactly."""
     launcher, env, extra = LAUNCHES[launch]
@@ -108,7 +109,7 @@ def whole(tmp_path_factory, train_shards, tiny_teacher):
     return folder / "whole"
 
 
-@pytest.mark.parametrize("launch", OTHERS)
+@pytest.mark.parametrize("launch", slow_but(["ZeRO-3 on two"], OTHERS))
 def test_checkpoint_goes_on_under_another_engine(launch, whole, tmp_path, train_shards, tiny_teacher):
     """ZeRO-2's checkpoint of two ranks continues elsewhere on the same samples, replicated: the same curve, up to
     rounding."""

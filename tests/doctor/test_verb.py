@@ -112,6 +112,7 @@ def test_a_rank_that_does_not_come(free_port):
     assert other == ""
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_a_wrong_port(free_port):
     """One line on the console, in time."""

@@ -480,6 +480,7 @@ def test_two_ranks_write_the_files_of_one(store, tmp_path, data, teacher, run_ra
         assert (tmp_path / "store" / file.name).read_bytes() == file.read_bytes(), file.name
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_two_zero2_ranks_train_alike_live_and_from_the_store(store, tmp_path, data, teacher, run_ranks):
     """Each step's loss, of micro-batches, into the second epoch."""

@@ -114,6 +114,7 @@ def test_members_must_agree_on_the_prompts(release, tmp_path):
         ensemble.templates(NAMES, TEMPLATES)
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_two_processes_have_the_rows_of_one(release, small, tmp_path, write_benchmark, labelled, captioned, run_ranks):
     """Towers of two models in an ensemble with a third; one set has fewer batches than there are ranks."""

@@ -124,6 +124,7 @@ def test_metrics_are_those_of_another_program(rows, clip, zeroshot, name):
     assert ours == pytest.approx({key: expected[key] for key in ours}, abs=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_two_processes_give_the_same_rows(rows, zeroshot, release, tmp_path, run_ranks):
     """To the last bit, of every set."""
