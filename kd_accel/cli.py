@@ -97,6 +97,11 @@ VERBS = {
         "kd_accel.plan.verb:run",
         "what a training would cost: parameters, FLOPs, memory, hours",
     ),
+    "bench": (
+        "kd_accel.bench_config:BenchConfig",
+        "kd_accel.bench.verb:run",
+        "some steps of a training, and where their time goes",
+    ),
     "demo": (
         "kd_accel.config:DemoConfig",
         "kd_accel.demo:run",

@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from kd_accel.schema import ConfigError, LocalError
+from kd_accel.timing import span
 
 
 def start_process_group(timeout_s: float) -> None:
@@ -195,9 +196,10 @@ def gather_rows(rows: dict[str, Tensor]) -> dict[str, Tensor]:
     """
     if world_size() == 1 or not rows:
         return {name: tensor.detach() for name, tensor in rows.items()}
-    packed = torch.cat([tensor.detach() for tensor in rows.values()], dim=1).contiguous()  # [b, sum d_k]
-    everyone = [torch.empty_like(packed) for _ in range(world_size())]
-    dist.all_gather(everyone, packed)
+    with span("gather"):
+        packed = torch.cat([tensor.detach() for tensor in rows.values()], dim=1).contiguous()  # [b, sum d_k]
+        everyone = [torch.empty_like(packed) for _ in range(world_size())]
+        dist.all_gather(everyone, packed)
     columns = torch.cat(everyone).split([tensor.shape[1] for tensor in rows.values()], dim=1)
     return {name: column.contiguous() for name, column in zip(rows, columns, strict=True)}
 
@@ -220,8 +222,9 @@ def sum_over_ranks(tensors: list[Tensor]) -> list[Tensor]:
     """The element-wise sum over ranks of each tensor, in one collective; shapes and dtype are alike on every rank."""
     if world_size() == 1 or not tensors:
         return tensors
-    flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
-    dist.all_reduce(flat)
+    with span("gather"):
+        flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+        dist.all_reduce(flat)
     return [
         part.view_as(tensor) for part, tensor in zip(flat.split([t.numel() for t in tensors]), tensors, strict=True)
     ]

@@ -22,6 +22,7 @@ from kd_accel.random_state import RandomState
 from kd_accel.replay import check_same, unchanged_buffers
 from kd_accel.schema import ConfigError
 from kd_accel.stored_teacher import StoredTeacher
+from kd_accel.timing import span
 from kd_accel.types import Batch
 
 Rows = dict[str, Tensor]  # features by name, [b, d] each
@@ -151,15 +152,18 @@ class Engine:
         return applied, float(norm)
 
     def _run(self, batch: Batch) -> tuple[Rows, dict[str, Rows]]:
-        batch = batch.to(self.accelerator.device)
+        with span("transfer"):
+            batch = batch.to(self.accelerator.device)
         said = self.module(batch.image, batch.text)
         student = said.pop("student")
-        said |= {name: teacher(batch.image, batch.text.get(name)) for name, teacher in self.replicated.items()}
+        with span("teacher"):
+            said |= {name: teacher(batch.image, batch.text.get(name)) for name, teacher in self.replicated.items()}
         return student, {name: said.get(name, {}) | batch.stored.get(name, {}) for name in said | batch.stored}
 
     def _again(self, batch: Batch) -> Rows:
         """The student alone: the teachers' features are known from the first pass."""
-        batch = batch.to(self.accelerator.device)
+        with span("transfer"):
+            batch = batch.to(self.accelerator.device)
         return self.module(batch.image, batch.text, teachers=False)["student"]
 
     def _send(self, features: Rows, gradients: Rows) -> None:

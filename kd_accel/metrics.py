@@ -232,6 +232,8 @@ def _line(row: dict[str, float], total_steps: int) -> str:
                 continue
             case "skipped" | "bad_samples" if not value:
                 continue
+            case _ if key.startswith("seconds/"):  # of the last step alone; for metrics.jsonl and trackers
+                continue
             case "samples_per_second":
                 parts.append(f"{value:.0f} samples/s")
             case "data_wait":

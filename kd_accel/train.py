@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import math
 import os
-from contextlib import closing
+from contextlib import closing, nullcontext
 from pathlib import Path
 
 import torch
@@ -34,6 +34,7 @@ from kd_accel.saver import Saver
 from kd_accel.schedules import Progress
 from kd_accel.schema import ConfigError, LocalError, LostPeerError, dump
 from kd_accel.signals import StopSignals
+from kd_accel.timing import Clock, span
 from kd_accel.types import Batch
 
 log = logging.getLogger("kd_accel")
@@ -128,43 +129,49 @@ class Trainer:
         with closing(iter(self.loader)) as batches, StopSignals(active=self.config.save.on_signal) as signals:
             stopped = self._evaluate_if_due(signals)  # a resumed run may have been stopped in the middle of that
             while not stopped and self.state.step < self.total_steps:
-                self.episodes.prepare(self._progress())
-                with self.throughput.waiting():
-                    micro_batches = next(batches)
-                row = self._train_step(micro_batches)
+                self.episodes.prepare(self.progress())
+                due = self._row_is_due(self.state.step + 1)
+                with Clock(self.accelerator.device) if due else nullcontext() as clock:
+                    with self.throughput.waiting(), span("data"):
+                        micro_batches = next(batches)
+                    row = self.train_step(micro_batches)
                 # once in a while: a row of metrics, a checkpoint, an evaluation
-                if self.state.step % self.config.log.every_steps == 0 or self.state.step == self.total_steps:
+                if due:
                     self._count_bad_samples()
-                    self._log(row)
+                    self._log(row, clock)
                 stopped = self._save_if_due(signals) or self._evaluate_if_due(signals)
         if distributed.is_main():
             log.info("done: %s", checkpoint.newest(self.folder))
             if not stopped:  # who sends a signal does not wait for a push
                 self.push.finish()
 
-    def _train_step(self, micro_batches: list[Batch]) -> dict:
+    def train_step(self, micro_batches: list[Batch]) -> dict:
         """One optimizer step; returns the row of metrics, tensors still on the device."""
-        progress = self._progress()
+        progress = self.progress()
         lr, temperature_lr = learning_rates(self.config.optim, progress, total_steps=self.total_steps)
         row = {"loss": math.nan, "temperature": progress.temperature, "lr": lr, "temperature_lr": temperature_lr}
         ids, labels = self._joined([b.ids for b in micro_batches]), self._joined([b.labels for b in micro_batches])
         student, teachers = self.engine.forward(micro_batches)
         try:
-            outcome = self.objective(student, teachers, progress, ids=ids, labels=labels)
+            with span("objective"):
+                outcome = self.objective(student, teachers, progress, ids=ids, labels=labels)
         except NonFiniteLoss as error:
             self.engine.undo_statistics()
             self._skip(str(error))
             return row
-        self.engine.backward(outcome.gradients)
-        applied, grad_norm = self.engine.step(lr)
+        with span("backward"):
+            self.engine.backward(outcome.gradients)
+        with span("optimizer"):
+            applied, grad_norm = self.engine.step(lr)
         row |= {"loss": outcome.loss, **outcome.metrics, "grad_norm": grad_norm}
         if not applied:
             rows = non_finite_rows({f"the gradient of {n}": g for n, g in outcome.gradients.items()}, ids)
             self._skip(f"a gradient is not finite: {', '.join(rows) or 'it became so in the student'}")
             return row
-        self.objective.step(progress, lr=lr, temperature_lr=temperature_lr)
-        if self.config.train.ema_decay is not None:
-            self.engine.masters.average(self.config.train.ema_decay)
+        with span("optimizer"):
+            self.objective.step(progress, lr=lr, temperature_lr=temperature_lr)
+            if self.config.train.ema_decay is not None:
+                self.engine.masters.average(self.config.train.ema_decay)
         self.state.skipped_in_a_row = 0
         self._advance()
         return row
@@ -186,20 +193,24 @@ class Trainer:
             log.warning("%s; skipped", said)
         self._advance()
 
-    def _log(self, row: dict) -> None:
-        """One row of metrics; only here do the losses leave the device."""
+    def _row_is_due(self, step: int) -> bool:
+        return step % self.config.log.every_steps == 0 or step == self.total_steps
+
+    def _log(self, row: dict, clock: Clock) -> None:
+        """One row of metrics; only here do the losses leave the device. `clock` saw the last step."""
         state = self.state
         where = {"step": state.step, "epoch": state.step / self.loader.steps_per_epoch, "samples": state.samples}
         counts = {"skipped": state.skipped, "bad_samples": state.bad_samples}
         values = {name: float(value) for name, value in row.items()}
-        self.metrics.log(where | values | counts | self.throughput.take())
+        split = {f"seconds/{name}": passed for name, passed in clock.seconds().items()}
+        self.metrics.log(where | values | counts | self.throughput.take() | split)
 
     def _advance(self) -> None:
         self.state.step += 1
         self.state.samples += self.loader.global_batch
         self.throughput.add(self.loader.global_batch)
 
-    def _progress(self) -> Progress:
+    def progress(self) -> Progress:
         """Where the run stands before the next step."""
         epoch = self.state.step / self.loader.steps_per_epoch
         return Progress(self.state.step, epoch, self.state.samples, self.objective.temperature)

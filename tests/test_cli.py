@@ -78,7 +78,7 @@ def test_positional_words_go_to_the_verbs_field(words, expected):
             "zzzzzz",
             "unknown verb 'zzzzzz'; one of "
             "train, embed, eval, eval prepare, pack, index, filter, download, export, push, predict,"
-            " report, plan, demo, config, doctor, help",
+            " report, plan, bench, demo, config, doctor, help",
         ),
         ("help evla", "unknown verb 'evla'; did you mean 'eval'?"),
         ("train --lr 3", "'--lr': no flags; write key=value (kd-accel help train lists the keys)"),

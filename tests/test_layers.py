@@ -19,8 +19,9 @@ LAYERS = (
         "__init__ types schema schedules terms augment_config cache_config data_config sections config"
         " pack_config filter_config download_config embed_config"
         " eval_config probe_config train_eval_config prepare_config export_config predict_config push_config"
-        " plan_config doctor_config slurm help",
+        " plan_config doctor_config bench_config slurm help",
     ),
+    ("timing",),
     ("distributed", "losses", "random_state signals logs"),
     ("trim",),
     ("memory", "models", "data", "blame", "replay"),
@@ -42,7 +43,7 @@ LAYERS = (
         "index",
         "plan",
     ),
-    ("export push", "doctor"),  # the card shows what the report does, the doctor looks at shapes as plan does
+    ("export push", "doctor", "bench"),  # the card shows what the report does, the doctor looks at shapes as plan does
     ("demo",),  # runs the other verbs
     ("cli __main__",),
 )

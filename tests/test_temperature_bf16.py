@@ -166,16 +166,16 @@ def test_skipped_step_moves_nothing(launched, tiny_teacher, train_shards, tmp_pa
     trainer = Trainer(validate(TrainConfig, values))
     batches, send = iter(trainer.loader), trainer.engine.backward
     for _ in range(2):
-        trainer._train_step(next(batches))
+        trainer.train_step(next(batches))
     before = trainer.objective.state()
 
     trainer.engine.backward = lambda gradients: send({n: g * math.nan for n, g in gradients.items()})
-    trainer._train_step(next(batches))
+    trainer.train_step(next(batches))
     assert (trainer.state.step, trainer.state.skipped) == (3, 1)
     torch.testing.assert_close(trainer.objective.state(), before, rtol=0, atol=0, equal_nan=True)
 
     trainer.engine.backward = send
-    trainer._train_step(next(batches))
+    trainer.train_step(next(batches))
     after = trainer.objective.state()
     kept = {name for name in before if torch.equal(before[name].nan_to_num(), after[name].nan_to_num())}
     assert kept == {f"recall.tempnet.networks.{tower}.initialised" for tower in ("image", "text")}

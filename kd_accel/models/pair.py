@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from kd_accel.models.student import Student
 from kd_accel.models.teacher import Teacher
+from kd_accel.timing import span
 
 
 class Pair(nn.Module):
@@ -28,6 +29,8 @@ class Pair(nn.Module):
 
         `teachers`: false asks the student alone.
         """
-        features = {"student": self.student(image, text.get("student"))}
+        with span("student"):
+            features = {"student": self.student(image, text.get("student"))}
         asked = self.teachers.items() if teachers else []
-        return features | {name: teacher(image, text.get(name)) for name, teacher in asked}
+        with span("teacher"):
+            return features | {name: teacher(image, text.get(name)) for name, teacher in asked}

@@ -26,16 +26,26 @@ TABLE = (
 
 def device(name: str) -> Device:
     """By its name; CPU is this machine, measured."""
-    return this_cpu() if name == "CPU" else next(found for found in TABLE if found.name == name)
+    return this_device(torch.device("cpu")) if name == "CPU" else next(found for found in TABLE if found.name == name)
 
 
-def this_cpu(size: int = 1024) -> Device:
-    """The best of three fp32 matrix products, on one thread of torch's choice of threads."""
-    matrix = torch.randn(size, size)
-    seconds = []
-    for _ in range(3):
-        began = time.perf_counter()
-        matrix @ matrix
-        seconds.append(time.perf_counter() - began)
+def this_device(where: torch.device) -> Device:
+    """A GPU of the table by its name; another one, and the CPU, measured."""
+    if where.type == "cuda":
+        name, memory = torch.cuda.get_device_name(where), torch.cuda.get_device_properties(where).total_memory
+        known = next((found for found in TABLE if found.name in name), None)
+        return known or Device(name, _matmul_flops(where, torch.bfloat16, 8192), memory)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return Device("CPU", 2 * size**3 / min(seconds), memory)
+    return Device("CPU", _matmul_flops(where, torch.float32, 1024), memory)
+
+
+def _matmul_flops(where: torch.device, dtype: torch.dtype, size: int) -> float:
+    """Per second, of the best of a few square products; on a CPU by as many threads as torch uses."""
+    matrix = torch.randn(size, size, device=where, dtype=dtype)
+    seconds = []
+    for _ in range(5):
+        began = time.perf_counter()
+        product = matrix @ matrix
+        product[0, 0].item()  # waits for the device
+        seconds.append(time.perf_counter() - began)
+    return 2 * size**3 / min(seconds)

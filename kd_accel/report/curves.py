@@ -14,7 +14,7 @@ from kd_accel.report.runs import Run
 SECTIONS: dict[str, Callable[[str], bool]] = {
     "Loss": lambda key: key == "loss" or key.startswith("loss/"),
     "Learning rate, temperature, gradient": lambda key: key in ("lr", "grad_norm") or "temperature" in key,
-    "Throughput": lambda key: key in ("samples_per_second", "data_wait"),
+    "Throughput": lambda key: key in ("samples_per_second", "data_wait") or key.startswith("seconds/"),
 }
 COUNTS = ("step", "epoch", "samples")  # what the others are drawn over
 MEANINGS = {
@@ -24,6 +24,15 @@ MEANINGS = {
     "grad_norm": "before clipping",
     "samples_per_second": "of all processes",
     "data_wait": "share of the time, 0 to 1, spent waiting for data",
+    "seconds/data": "of one step: waiting for the loader",
+    "seconds/transfer": "of one step: to the device",
+    "seconds/student": "of one step: the student's forward passes",
+    "seconds/teacher": "of one step: the teachers' forward passes",
+    "seconds/objective": "of one step: losses and their gradients",
+    "seconds/gather": "of one step: features and their gradients between processes",
+    "seconds/backward": "of one step: the student's backward pass, with the exchange of gradients",
+    "seconds/optimizer": "of one step: clipping, update, moving average",
+    "seconds/other": "of one step: everything else",
     "confidence": "the teachers' mean confidence in the samples of a step",
     "skipped": "steps whose loss or gradient was not finite, so far",
     "bad_samples": "unreadable samples, so far",

@@ -57,7 +57,8 @@ def command(launcher: list[str], folder, shards, teacher, name: str, *extra: str
 def curve(run) -> list[dict]:
     """metrics.jsonl without what depends on the clock."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k not in ("samples_per_second", "data_wait")} for row in rows]
+    clock = ("samples_per_second", "data_wait", "seconds/")
+    return [{k: v for k, v in row.items() if not k.startswith(clock)} for row in rows]
 
 
 def kill_at(step: int, words: list[str], run, env: dict) -> None:

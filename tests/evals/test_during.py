@@ -65,9 +65,9 @@ def results(folder) -> list[dict]:
 
 def curve(folder) -> list[dict]:
     """Rows of training, without what depends on the clock."""
-    clock = ("samples_per_second", "data_wait")
+    clock = ("samples_per_second", "data_wait", "seconds/")
     rows = [row for row in read_rows(folder / "metrics.jsonl") if "loss" in row]
-    return [{k: v for k, v in row.items() if k not in clock} for row in rows]
+    return [{k: v for k, v in row.items() if not k.startswith(clock)} for row in rows]
 
 
 def assert_same_training(ours, theirs) -> None:

@@ -26,9 +26,9 @@ def main(file: str, overrides: list[str]) -> None:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         trainer = Trainer(config)
         batches = iter(trainer.loader)
-        trainer._train_step(next(batches))
+        trainer.train_step(next(batches))
         with FlopCounterMode(display=False) as flops:
-            trainer._train_step(next(batches))
+            trainer.train_step(next(batches))
     peak = max(_totals(recorded.profiler.kineto_results.experimental_event_tree()))
     print(json.dumps({"peak": peak, "flops_per_sample": flops.get_total_flops() / trainer.loader.batch_size}))
     trainer.metrics.close()
