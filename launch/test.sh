@@ -10,10 +10,9 @@ if [[ $# -gt 0 ]]; then
     exec python -m pytest "$@"
 fi
 
-# Side by side; those of one process first, with a thread each.
-cores="$((cores < 4 ? cores : 4))"
 quick="not slow and not root and not gpu"
 code=0
-OMP_NUM_THREADS=1 python -m pytest -m "$quick and not distributed" -n "$cores" --dist loadfile || code=$?
-python -m pytest -m "$quick and distributed" -n "$cores" --dist loadfile || code=$?
+# Tests of one process run side by side; those that start processes of their own need the cores for themselves.
+OMP_NUM_THREADS=1 python -m pytest -m "$quick and not distributed" -n "$((cores < 4 ? cores : 4))" --dist loadfile || code=$?
+python -m pytest -m "$quick and distributed" --durations=20 || code=$?
 exit "$code"
