@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
@@ -57,7 +57,7 @@ class AugmentConfig(Schema):
 
     @field_validator("scale", "ratio")
     @classmethod
-    def _ordered(cls, value):
+    def _ordered(cls, value: Any) -> Any:
         if not 0 < value[0] <= value[1]:
             raise ValueError("expected two positive numbers, the smaller first")
         return value

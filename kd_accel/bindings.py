@@ -144,6 +144,9 @@ def _relation(term: terms.Term, chunk: Chunk, scale: Tensor) -> Tensor:
             student = chunk.student_logits if term.temperature is None else chunk.logits(1 / term.temperature)
             pairs = chunk.teacher_logits(term.teacher, term.teacher_temperature), student
             formula = distillation.soft_cross_entropy
+        case terms.Dist():
+            pairs = chunk.teacher_logits(term.teacher, term.teacher_temperature), chunk.student_logits
+            formula = distillation.correlation_distance
         case terms.CrossKL():
             pairs = (
                 chunk.teacher_logits(term.teacher, term.teacher_temperature),

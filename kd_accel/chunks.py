@@ -45,7 +45,7 @@ class Step:
         """Gather `columns` of the student and `teacher_columns`, (teacher, name) each, in one collective."""
         self.rows = {name: leaf.detach() for name, leaf in rows.items()}
         self.teachers, self.specs, self.ids, self.labels = teachers, specs, ids, labels
-        wanted = {(None, name): self.rows[name] for name in columns}
+        wanted: dict[tuple[str | None, str], Tensor] = {(None, name): self.rows[name] for name in columns}
         wanted |= {(teacher, name): teachers[teacher][name] for teacher, name in teacher_columns}
         gathered = distributed.gather_rows(wanted)
         self.columns = {name: gathered[None, name].requires_grad_() for name in columns}
@@ -155,11 +155,13 @@ class Chunk:
 
     def unit(self, name: str) -> Tensor:
         """The student's unit rows in the teacher's space: projected where there is a projector, [c, d_teacher]."""
-        return self.leaves.get(f"projected_{name}", self.leaves.get(name))
+        projected = f"projected_{name}"
+        return self.leaves[projected if projected in self.leaves else name]
 
     def raw(self, name: str) -> Tensor:
         """The student's embeddings in the teacher's space, [c, d_teacher]."""
-        return self.leaves.get(f"raw.projected_{name}", self.leaves.get(f"raw.{name}"))
+        projected = f"raw.projected_{name}"
+        return self.leaves[projected if projected in self.leaves else f"raw.{name}"]
 
     @cached_property
     def student_logits(self) -> Pair:

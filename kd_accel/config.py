@@ -6,14 +6,14 @@ Imports no torch: `kd-accel --help` and `kd-accel config` answer at once.
 from __future__ import annotations
 
 import re
-from typing import ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from kd_accel.cache_config import CacheConfig
 from kd_accel.data_config import DataConfig, SourceConfig
 from kd_accel.push_config import TrainHubConfig
-from kd_accel.schema import Schema
+from kd_accel.schema import Schema, without_nulls
 from kd_accel.sections import (
     CompressConfig,
     LogConfig,
@@ -47,7 +47,7 @@ class TrainConfig(Schema):
     student: StudentConfig
     teacher: TeacherConfig | None = None
     """null trains the student without distillation."""
-    teachers: dict[str, TeacherConfig | None] = {}
+    teachers: Annotated[dict[str, TeacherConfig], BeforeValidator(without_nulls)] = {}
     """Several teachers by name, instead of teacher; every term then names its own. null drops one of a base file."""
     objective: ObjectiveConfig
     optim: OptimConfig
@@ -62,21 +62,21 @@ class TrainConfig(Schema):
 
     @field_validator("teachers")
     @classmethod
-    def _names(cls, value):
+    def _names(cls, value: Any) -> Any:
         for name in value:
             if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or name == "student":
                 raise ValueError(f"'{name}' cannot name a teacher: small letters, digits and _, and not 'student'")
-        return {name: teacher for name, teacher in value.items() if teacher is not None}
+        return value
 
     @model_validator(mode="after")
-    def _teachers_fit_terms(self):
+    def _teachers_fit_terms(self) -> Self:
         if self.teacher is not None and self.teachers:
             raise ValueError("give either teacher or teachers, not both")
         check_teachers(self.objective.terms, list(teachers_of(self)))
         return self
 
     @model_validator(mode="after")
-    def _compresses_what_is_trained(self):
+    def _compresses_what_is_trained(self) -> Self:
         if self.student.init is not None or self.student.pretrained is not None:
             return self
         if self.compress.int8:
@@ -92,7 +92,16 @@ class TrainConfig(Schema):
         return self
 
     @model_validator(mode="after")
-    def _graph_fits(self):
+    def _compiles_what_stays(self) -> Self:
+        if self.train.compile and self.compress.int8:
+            raise ValueError(
+                "train.compile: the rounding of compress.int8 changes while it looks at activations, and compiled"
+                " blocks do not: set train.compile to false"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _graph_fits(self) -> Self:
         """torchao runs a graph of the image tower, not its parts."""
         if self.compress.int8 != "torchao":
             return self
@@ -106,7 +115,7 @@ class TrainConfig(Schema):
         return self
 
     @model_validator(mode="after")
-    def _labels_fit_terms(self):
+    def _labels_fit_terms(self) -> Self:
         labelled = [name for name, term in self.objective.terms.items() if isinstance(term, LabelCE)]
         unlabelled = [key for key, source in sources_of(self.data).items() if source.label is None]
         if labelled and unlabelled:
@@ -115,7 +124,7 @@ class TrainConfig(Schema):
         return self
 
     @model_validator(mode="after")
-    def _stream_fits_terms(self):
+    def _stream_fits_terms(self) -> Self:
         if self.data.loader == "indexed":
             return self
         if remembering := [name for name, term in self.objective.terms.items() if term.needs_ids]:

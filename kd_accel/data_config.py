@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from kd_accel.augment_config import AugmentConfig
 from kd_accel.cache_config import CacheConfig
-from kd_accel.schema import Schema
+from kd_accel.schema import Schema, without_nulls
 
 
 class SourceConfig(Schema):
@@ -53,7 +53,7 @@ class SourceConfig(Schema):
     """The first so many rows of a table, folder or HuggingFace dataset; null: all."""
 
     @model_validator(mode="after")
-    def _one_kind(self):
+    def _one_kind(self) -> Self:
         if sum(getattr(self, kind) is not None for kind in self.KINDS) != 1:
             raise ValueError(f"give exactly one of {', '.join(self.KINDS)}")
         return self
@@ -69,7 +69,7 @@ class MixedSourceConfig(SourceConfig):
 class DataConfig(SourceConfig):
     """Where the samples come from, and how they are dealt."""
 
-    sources: dict[str, MixedSourceConfig | None] = {}
+    sources: Annotated[dict[str, MixedSourceConfig], BeforeValidator(without_nulls)] = {}
     """Several sources by name, each with its weight, in place of shards, table, folder or dataset."""
     loader: Literal["indexed", "stream"] = "indexed"
     """stream: tars as webdataset streams them, without an index; resume is approximate, and samples have no ids."""
@@ -97,21 +97,19 @@ class DataConfig(SourceConfig):
 
     @field_validator("templates")
     @classmethod
-    def _placeholders(cls, value):
+    def _placeholders(cls, value: Any) -> Any:
         if odd := [template for template in value if "{}" not in template and "{c}" not in template]:
             raise ValueError(f"'{odd[0]}' has no {{}}, where the caption goes")
         return value
 
     @model_validator(mode="after")
-    def _one_kind(self):
-        kept = {name: source for name, source in self.sources.items() if source is not None}
-        self.__dict__["sources"] = kept
-        if sum(getattr(self, kind) is not None for kind in self.KINDS) + bool(kept) != 1:
+    def _one_kind(self) -> Self:
+        if sum(getattr(self, kind) is not None for kind in self.KINDS) + bool(self.sources) != 1:
             raise ValueError(f"give exactly one of {', '.join(self.KINDS)} and sources")
         return self
 
     @model_validator(mode="after")
-    def _stream_fits(self):
+    def _stream_fits(self) -> Self:
         if self.loader == "stream" and (self.shards is None or self.num_samples is None):
             raise ValueError("loader=stream needs shards, and num_samples, which are counted as an epoch")
         if self.loader == "indexed" and (self.num_samples is not None or self.allow_pipe):
@@ -119,7 +117,7 @@ class DataConfig(SourceConfig):
         return self
 
     @model_validator(mode="after")
-    def _one_batch_size(self):
+    def _one_batch_size(self) -> Self:
         if (self.batch_size is None) == (self.global_batch_size is None):
             raise ValueError("give exactly one of batch_size (per process) and global_batch_size (over all processes)")
         return self

@@ -20,7 +20,7 @@ from datetime import timedelta
 from functools import cache
 from ipaddress import ip_address
 from statistics import median
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil
 import torch
@@ -30,6 +30,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from kd_accel.schema import ConfigError, LocalError
 from kd_accel.timing import span
+
+K = TypeVar("K")
 
 
 def start_process_group(timeout_s: float) -> None:
@@ -189,7 +191,7 @@ def barrier() -> None:
 
 
 @torch.no_grad()
-def gather_rows(rows: dict[str, Tensor]) -> dict[str, Tensor]:
+def gather_rows(rows: dict[K, Tensor]) -> dict[K, Tensor]:
     """Every rank's rows of each tensor: [b, d_k] -> [B, d_k], detached, in one collective.
 
     All tensors share b and a dtype; b is the same on every rank.
@@ -293,6 +295,36 @@ def gather_objects(value: Any) -> list[Any]:
     everyone = [None] * world_size()
     dist.all_gather_object(everyone, value)
     return everyone
+
+
+def second_group() -> dist.ProcessGroup | None:
+    """All ranks once more, for a thread beside the training: of one group every rank must call the collectives in turn.
+
+    Of CPU tensors, whatever the device. Collective.
+    """
+    return dist.new_group(backend="gloo") if world_size() > 1 else None
+
+
+def to_main(said: Any, values: Tensor, *, group: dist.ProcessGroup | None) -> Iterator[tuple[Any, Tensor]]:
+    """On rank 0 what every rank says and its `values`, [n] on the CPU, rank by rank; nothing elsewhere; collective.
+
+    n may differ between ranks and may be 0; every rank walks to the end.
+    """
+    if world_size() == 1:
+        yield said, values
+        return
+    everyone = [None] * world_size() if is_main() else None
+    dist.gather_object((said, len(values)), everyone, group=group)
+    if not is_main():
+        if len(values):
+            dist.send(values, 0, group=group)
+        return
+    yield said, values
+    for rank_of, (theirs, size) in enumerate(everyone[1:], start=1):
+        received = values.new_empty(size)
+        if size:
+            dist.recv(received, rank_of, group=group)
+        yield theirs, received
 
 
 def from_main(value: Any) -> Any:

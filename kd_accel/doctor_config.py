@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Self
+
 from pydantic import ConfigDict, Field, model_validator
 
 from kd_accel.config import TrainConfig
@@ -19,7 +21,7 @@ class DoctorConfig(Schema):
     """Seconds that a process waits for the others. All other keys are those of train: kd-accel help train."""
 
     @model_validator(mode="after")
-    def _is_a_training(self):
+    def _is_a_training(self) -> Self:
         self.training()
         return self
 

@@ -5,7 +5,7 @@ Imports no torch.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -44,7 +44,7 @@ class EmbedConfig(TrainConfig):
     """Write what is in the store to such a folder, or such a file (.npy)."""
 
     @model_validator(mode="after")
-    def _teachers_fit_terms(self):
+    def _teachers_fit_terms(self) -> Self:
         """As in training, but for teachers that no term learns from yet."""
         names, terms = list(teachers_of(self)), self.objective.terms
         if self.teacher is not None and self.teachers:
@@ -54,9 +54,9 @@ class EmbedConfig(TrainConfig):
         return self
 
     @model_validator(mode="after")
-    def _one_job(self):
-        jobs = {"prompts": self.prompts, "from_npy": self.from_npy, "to_npy": self.to_npy}
-        jobs = [key for key, value in jobs.items() if value is not None] + ["verify_only"] * self.verify_only
+    def _one_job(self) -> Self:
+        given = {"prompts": self.prompts, "from_npy": self.from_npy, "to_npy": self.to_npy}
+        jobs = [key for key, value in given.items() if value is not None] + ["verify_only"] * self.verify_only
         if self.data.loader == "stream":
             raise ValueError("data.loader=stream: features are stored by sample id: set it to indexed")
         if len(jobs) > 1:

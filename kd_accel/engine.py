@@ -14,6 +14,7 @@ from kd_accel import distributed
 from kd_accel.config import TrainConfig, teachers_of
 from kd_accel.lamb import pieces_of
 from kd_accel.masters import Masters, frozen_weights
+from kd_accel.models.compiled import check_compiler, compile_blocks
 from kd_accel.models.pair import Pair
 from kd_accel.models.running_stats import allow_bf16_weights, running_statistics
 from kd_accel.models.student import Student
@@ -62,6 +63,8 @@ class Engine:
         if config.precision == "bf16":
             for teacher in live.values():
                 teacher.to(torch.bfloat16)  # frozen: no master weights to keep
+        models = {"student": student, **live} if config.train.compile else {}
+        self.compiled = self._compile(models)  # how many blocks, by model
         inside = {name for name, section in teachers_of(config).items() if section.placement == "engine"}
         self.replicated = {n: t.to(accelerator.device) for n, t in live.items() if n not in inside}
         pair = Pair(student, {name: teacher for name, teacher in live.items() if name in inside})
@@ -181,6 +184,19 @@ class Engine:
         elif distributed.world_size() > 1 and not last:
             return self.module.no_sync()
         return nullcontext()
+
+    def _compile(self, models: dict[str, nn.Module]) -> dict[str, int]:
+        if not models:
+            return {}
+        with distributed.failing_together():
+            check_compiler(self.accelerator.device)
+        blocks = {name: compile_blocks(model) for name, model in models.items()}
+        if self.zero_stage == 3:
+            from deepspeed.utils import set_z3_leaf_module
+
+            for block in sum(blocks.values(), []):
+                set_z3_leaf_module(block, True)  # all its weights are gathered before its graph, none inside
+        return {name: len(found) for name, found in blocks.items()}
 
     def _check_engine(self) -> None:
         """What was prepared is what was asked for."""

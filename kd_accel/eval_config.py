@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from kd_accel.probe_config import ProbeConfig
 from kd_accel.schema import Schema
@@ -69,9 +69,3 @@ class EvalConfig(MeasureConfig):
     """Seconds between two looks for a new checkpoint."""
     until_step: int | None = Field(None, gt=0)
     """The last step that is waited for; null: the run's last."""
-
-    @model_validator(mode="after")
-    def _only_watching(self):
-        if self.watch and (self.image_from or self.text_from or self.ensemble) and self.output is None:
-            raise ValueError("watch=true with image_from, text_from or ensemble: name a file with output")
-        return self

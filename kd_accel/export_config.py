@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -34,11 +34,11 @@ class ExportConfig(Schema):
 
     @field_validator("format", mode="before")
     @classmethod
-    def _with_commas(cls, value):
+    def _with_commas(cls, value: Any) -> Any:
         return [name.strip() for name in value.split(",")] if isinstance(value, str) else value
 
     @model_validator(mode="after")
-    def _int8_is_whole(self):
+    def _int8_is_whole(self) -> Self:
         if (self.int8 is None) != (self.calibrate is None):
             raise ValueError("int8 and calibrate belong together: give both, or neither")
         if self.int8 is not None and "onnx" not in self.format:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -72,13 +72,13 @@ class FilterConfig(Schema):
 
     @field_validator("templates")
     @classmethod
-    def _placeholders(cls, value):
+    def _placeholders(cls, value: Any) -> Any:
         if odd := [template for template in value if "{}" not in template]:
             raise ValueError(f"'{odd[0]}' has no {{}}, where the prompt goes")
         return value
 
     @model_validator(mode="after")
-    def _parts_fit(self):
+    def _parts_fit(self) -> Self:
         if (self.data is None) == (self.service is None):
             raise ValueError("give either data, to score images, or service, to search for some")
         if self.data is not None and self.teacher is None and self.store is None:

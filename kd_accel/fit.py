@@ -52,7 +52,7 @@ def check_fit(
                 problems.append(
                     f"{key}.queue_size={term.queue_size} is larger than the data, {num_samples} samples: lower it"
                 )
-            case terms.Prototype() if term.episode_samples > num_samples:
+            case terms.Prototype() if num_samples is not None and term.episode_samples > num_samples:
                 given = f"{key}.episode_samples={term.episode_samples}"
                 problems.append(f"{given} is larger than the data, {num_samples} samples: lower it")
             case terms.LabelCE(classes=None) if "class_logits" not in widths:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kd_accel import distributed
+from kd_accel.held import WEIGHT, Held, HostMemory, Part
 from kd_accel.models.running_stats import average_over_ranks
 from kd_accel.models.student import Student
 
@@ -61,10 +63,7 @@ class Masters:
             full = self._full(parameter)
             if distributed.is_main():
                 state[name] = full.detach().float().cpu().clone()
-        if distributed.is_main():
-            persistent = self._student.state_dict().keys() - state.keys()
-            state |= {n: b.detach().cpu().clone() for n, b in self._student.named_buffers() if n in persistent}
-        return state
+        return state | self._buffers()
 
     def load_weights(self, state: dict[str, Tensor]) -> None:
         """Set parameters (masters and low-precision copies) and buffers from the fp32 `state`, which every rank has."""
@@ -75,14 +74,24 @@ class Masters:
         for name in state.keys() & buffers.keys():
             buffers[name].copy_(state[name])
 
-    def optimizer_state(self) -> OptimizerState:
-        """AdamW's memory by parameter name; collective, complete on rank 0."""
-        inner = self._adamw()
-        steps = {int(state["step"]) for state in inner.state.values() if "step" in state}
+    def held(self, memory: HostMemory) -> Held:
+        """What this rank holds of the weights and of AdamW's memory, copied to `memory`; collective.
+
+        Nothing but running statistics is sent, under FSDP2 everything: there rank 0 holds all of it, as under DDP.
+        """
+        average_over_ranks(self._student)
+        state = self._adamw().state
+        steps = {int(of["step"]) for of in state.values() if "step" in of}
         assert len(steps) <= 1, f"parameters took different numbers of steps: {steps}"
-        keys = [*MOMENTS, EMA] if any(EMA in state for state in inner.state.values()) else MOMENTS
-        moments = {key: self._moment(key) if steps else {} for key in keys}
-        return OptimizerState(step=max(steps, default=0), moments=moments)
+        self._link_moments()
+        moments = [*MOMENTS, EMA] if any(EMA in of for of in state.values()) else MOMENTS
+        keys = [WEIGHT, *(moments if steps else ())]
+        parts: list[Part] = []
+        size = sum(held.numel() for held in self._held_parameters()) if self._stage or distributed.is_main() else 0
+        values = memory.copy(self._parts(keys, parts), size * len(keys))
+        shapes = {name: self._shape(parameter) for name, parameter in self._trained()}
+        untrained = self._frozen | self._buffers()
+        return Held(max(steps, default=0), shapes, parts, values, untrained)
 
     def averages(self) -> dict[str, Tensor]:
         """The moving average of each trained parameter, {} where none is kept; collective, complete on rank 0."""
@@ -114,6 +123,46 @@ class Masters:
                 state[held][EMA].lerp_(held, 1 - decay)
             else:
                 state[held][EMA] = held.detach().clone()
+
+    def _parts(self, keys: list[str], parts: list[Part]) -> Iterator[Tensor]:
+        """What this rank holds of every trained parameter; `parts` learns what it is."""
+        for key in keys:
+            for name, parameter in self._trained():
+                start, values = self._part(parameter, None if key == WEIGHT else key)
+                if values.numel():
+                    parts.append(Part(key, name, start, values.numel()))
+                    yield values
+
+    def _part(self, parameter: nn.Parameter, key: str | None) -> tuple[int, Tensor]:
+        """(where it begins, the numbers) of what this rank holds of the parameter, or of its moment `key`."""
+        if not self._stage:
+            full = self._full(parameter, key)
+            return 0, full if distributed.is_main() else full.new_empty(0)
+        if self._stage == 3:
+            from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
+
+            local = (
+                safe_get_local_fp32_param(parameter) if key is None else safe_get_local_optimizer_state(parameter, key)
+            )
+            start = distributed.rank() * local.numel()
+            return start, local[: max(parameter.ds_numel - start, 0)]  # the last ranks' are padded
+        mapping = parameter._hp_mapping
+        return (
+            (0, torch.empty(0))
+            if mapping is None
+            else (mapping.lp_fragment_address.start, mapping.get_hp_fragment(key))
+        )
+
+    def _shape(self, parameter: nn.Parameter) -> torch.Size:
+        """Of the whole parameter."""
+        return parameter.ds_shape if self._stage == 3 else parameter.shape
+
+    def _buffers(self) -> dict[str, Tensor]:
+        """Copies of those that are saved; on rank 0 only."""
+        if not distributed.is_main():
+            return {}
+        saved = self._student.state_dict().keys()
+        return {name: b.detach().cpu().clone() for name, b in self._student.named_buffers() if name in saved}
 
     def _moment(self, key: str) -> dict[str, Tensor]:
         """Parameter name -> its moment, fp32 on the CPU; on rank 0 only."""

@@ -94,6 +94,9 @@ def _last_of_each(ids: Tensor) -> Tensor:
 class FeatureQueue(nn.Module):
     """The last K rows, first in, first out: a ring, as in CompRess and SEED; starts as random unit rows, as in SEED."""
 
+    features: Tensor
+    position: Tensor
+
     def __init__(self, size: int, width: int, *, seed: int = 0):
         super().__init__()
         rows = torch.randn(size, width, generator=torch.Generator().manual_seed(seed))
@@ -112,6 +115,8 @@ class FeatureQueue(nn.Module):
 
 class RunningMean(nn.Module):
     """value <- momentum * value + (1 - momentum) * mean of the batch."""
+
+    value: Tensor
 
     def __init__(self, width: int, *, initial: float, momentum: float):
         super().__init__()
@@ -152,7 +157,8 @@ class Prototypes(nn.Module):
 
     def widths_of(self, tower: str) -> tuple[int, int]:
         """(student's, targets')."""
-        return tuple(rows.shape[1] for rows in self.centroids_of(tower))
+        centroids, targets = self.centroids_of(tower)
+        return centroids.shape[1], targets.shape[1]
 
     def centroids_of(self, tower: str) -> tuple[Tensor, Tensor]:
         """([K, d_student], [K, d_target])."""

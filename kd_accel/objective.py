@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +30,7 @@ from kd_accel.chunks import CONTRASTED, Chunk, Step, unit
 from kd_accel.config import ObjectiveConfig
 from kd_accel.memory import SampleMemory
 from kd_accel.own_optimizer import OwnOptimizer
+from kd_accel.recall import Recall
 from kd_accel.schedules import Progress, value_at
 from kd_accel.schema import ConfigError
 from kd_accel.temperature import block_outward, logit_scale
@@ -96,14 +98,24 @@ class Objective(nn.Module):
         )
         # What is remembered here: by sample id perhaps sharded, the rest alike on every rank.
         self.num_ids, self.sharded = num_ids, config.memory == "sharded"
-        by_id = {"num_ids": num_ids, "sharded": self.sharded}
-        given = {"widths": widths or {}, "teachers": self.teachers, **by_id, "betas": betas, "eps": eps}
-        made = {name: recall.build(name, term, **given) for name, term in config.terms.items()}
+        made = {
+            name: recall.build(
+                name,
+                term,
+                widths=widths or {},
+                teachers=self.teachers,
+                num_ids=num_ids,
+                sharded=self.sharded,
+                betas=betas,
+                eps=eps,
+            )
+            for name, term in config.terms.items()
+        }
         self.recall = nn.ModuleDict({name: module for name, module in made.items() if module is not None})
-        weighed = [] if num_ids is None else self._weighing()
-        self.confidences = nn.ModuleDict(
-            {name: SampleMemory(num_ids, {"alpha": math.nan}, sharded=self.sharded) for name in weighed}
-        )
+        self.confidences = nn.ModuleDict()
+        if num_ids is not None:
+            for name in self._weighing():
+                self.confidences[name] = SampleMemory(num_ids, {"alpha": math.nan}, sharded=self.sharded)
         for name, embeddings in (class_embeddings or {}).items():
             self.register_buffer(f"classes_{name}", _fp32(embeddings), persistent=False)
         self._staged: dict[str, Tensor] | None = None  # what the last forward noted, of all ranks
@@ -155,7 +167,7 @@ class Objective(nn.Module):
             raise NonFiniteLoss(self._blame(step, metrics))
         noted = step.gather_noted()
         for memory in self.confidences.values():
-            memory.check(noted["ids"])
+            cast(SampleMemory, memory).check(noted["ids"])
         self._staged = noted
         gradients = {n: torch.zeros_like(rows) if rows.grad is None else rows.grad for n, rows in raw.items()}
         return Outcome(loss, metrics, gradients)
@@ -201,27 +213,34 @@ class Objective(nn.Module):
     def _leaves(self, raw: dict[str, Tensor], teachers: dict, progress: Progress) -> dict[str, Tensor]:
         """What the terms differentiate by: unit rows, raw rows, and what terms derive from them, with their graph."""
         leaves = _named(raw)
-        for module in self.recall.values():
+        for module in self._recalls().values():
             leaves |= module.derive(leaves, teachers, progress)
         return leaves
 
     def _step(self, leaves: dict, teachers: dict, ids: Tensor | None, labels: Tensor | None) -> Step:
         """The step, with every rank's rows of what this config's terms compare."""
-        student: set[str] = {name for module in self.recall.values() for name in module.columns}
+        student: set[str] = {name for module in self._recalls().values() for name in module.columns}
         teacher: set[tuple[str, str]] = set()
         for term in self.config.terms.values():
             student |= student_columns(term, leaves)
-            names = teacher_columns(term)
-            if terms.confidence_of(term):
-                names = names | set(CONTRASTED)
+            if not isinstance(term, terms.DistillationTerm):
+                continue
+            names = teacher_columns(term) | (set(CONTRASTED) if term.confidence else set())
             owners = self._ensemble(term) if isinstance(term, terms.MobileClip) else [self._teacher(term)]
             teacher |= {(owner, name) for owner in owners for name in names}
-        gathered = {"columns": sorted(student), "teacher_columns": sorted(teacher)}
-        return Step(leaves, teachers, specs=self.teachers, ids=ids, labels=labels, **gathered)
+        return Step(
+            leaves,
+            teachers,
+            specs=self.teachers,
+            columns=sorted(student),
+            teacher_columns=sorted(teacher),
+            ids=ids,
+            labels=labels,
+        )
 
     def _walk(self, step: Step, progress: Progress) -> None:
         """Forward and backward of every term, chunk by chunk; each graph is gone before the next one."""
-        for module in self.recall.values():
+        for module in self._recalls().values():
             module.prepare(step, progress)
         for teacher in self._weighing("sigmoid"):
             step.measure_hardness(teacher, self.config.chunk_rows)
@@ -233,16 +252,17 @@ class Objective(nn.Module):
 
     def _chunk(self, step: Step, rows: slice, progress: Progress) -> None:
         chunk = Chunk(step, rows, logit_scale(self.log_scale, self.max_log_scale), self.logit_bias)
-        total = 0.0
+        total: Tensor | None = None
         for name, term in self.config.terms.items():
             if isinstance(term, terms.WholeBatchTerm):
                 continue
             losses = self._rows(name, term, chunk, progress)  # [c]
-            if terms.confidence_of(term):
+            if isinstance(term, terms.DistillationTerm) and term.confidence:
                 losses = losses * chunk.coefficient(term.teacher, term.confidence)
             step.add(f"loss/{name}", losses)
-            total = total + self._weight(term, progress) * losses.sum() / step.num_columns
-        if isinstance(total, float):
+            weighed = self._weight(term, progress) * losses.sum() / step.num_columns
+            total = weighed if total is None else total + weighed
+        if total is None:
             return  # every term is of the whole batch
         step.add("loss", total * step.num_columns)
         self._note_confidences(chunk)
@@ -263,7 +283,7 @@ class Objective(nn.Module):
         own = self.own_log_scale[name] if name in self.own_log_scale else None
         scale = chunk.scale if own is None else logit_scale(own, self.max_log_scale)
         if name in self.recall:
-            return self.recall[name].rows(chunk, scale)
+            return self._recalls()[name].rows(chunk, scale)
         return row_losses(term, chunk, progress, scale=scale, classes=getattr(self, f"classes_{name}", None))
 
     def _weight(self, term: terms.Term, progress: Progress) -> float:
@@ -307,10 +327,10 @@ class Objective(nn.Module):
 
     def _commit(self, noted: dict[str, Tensor]) -> None:
         ids = noted.get("ids")
-        for name, module in self.recall.items():
+        for name, module in self._recalls().items():
             module.commit(ids, _under(f"{name}.", noted))
         for name, memory in self.confidences.items():
-            memory.write(ids, _under(f"confidence/{name}.", noted))
+            cast(SampleMemory, memory).write(noted["ids"], _under(f"confidence/{name}.", noted))
 
     def _blame(self, step: Step, metrics: dict[str, Tensor]) -> str:
         """Which terms, and which ranks' features, are not finite; a collective, so every rank must come here."""
@@ -321,17 +341,18 @@ class Objective(nn.Module):
 
     # Set-up -----------------------------------------------------------------------------------------------------------
 
-    def _teacher(self, term: terms.Term) -> str | None:
-        """The name of the term's teacher; None for a term of the student alone."""
-        if not isinstance(term, terms.DistillationTerm):
-            return None
+    def _recalls(self) -> dict[str, Recall]:
+        """`recall`, its modules as what they are."""
+        return cast("dict[str, Recall]", dict(self.recall.items()))
+
+    def _teacher(self, term: terms.DistillationTerm) -> str:
+        """The name of the term's teacher."""
         return term.teacher or next(iter(self.teachers))
 
     def _weighing(self, form: str | None = None) -> list[str]:
         """Teachers whose confidence some term uses, in this form or in any; in one order on every rank."""
-        forms = {name: terms.confidence_of(term) for name, term in self.config.terms.items()}
-        used = [name for name, found in forms.items() if found and form in (None, found)]
-        return sorted({self._teacher(self.config.terms[name]) for name in used})
+        of_teachers = [term for term in self.config.terms.values() if isinstance(term, terms.DistillationTerm)]
+        return sorted({self._teacher(t) for t in of_teachers if t.confidence and form in (None, t.confidence)})
 
     def _ensemble(self, term: terms.MobileClip) -> list[str]:
         return term.teachers or list(self.teachers)

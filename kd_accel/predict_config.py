@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Self
 
 from pydantic import Field, model_validator
 
@@ -41,7 +41,7 @@ class PredictConfig(Schema):
     """Pictures per forward pass."""
 
     @model_validator(mode="after")
-    def _texts(self):
+    def _texts(self) -> Self:
         if self.prompts is not None and self.text:
             raise ValueError("give either prompts=FILE or text=[...]: the texts to choose from")
         if self.classes is not None and (self.prompts is not None or self.text):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
@@ -26,7 +26,7 @@ class ProbeConfig(Schema):
     """Iterations of L-BFGS after which a fit counts as done."""
 
     @model_validator(mode="after")
-    def _one_shot_has_no_choice(self):
+    def _one_shot_has_no_choice(self) -> Self:
         if self.shots == 1 and (self.c is None or len(self.c) > 1):
             raise ValueError("shots=1 leaves no training image to choose C on: give one value, for instance c=[0.316]")
         return self

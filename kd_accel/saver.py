@@ -9,9 +9,20 @@ from collections.abc import Callable
 from pathlib import Path
 
 from kd_accel import distributed
-from kd_accel.checkpoint import TrainState, drop_partial, folder_for, newest, publish, take_snapshot, write
+from kd_accel.checkpoint import (
+    Taken,
+    TrainState,
+    drop_partial,
+    folder_for,
+    joined,
+    newest,
+    publish,
+    take_snapshot,
+    write,
+)
 from kd_accel.config import TrainConfig
 from kd_accel.engine import Engine
+from kd_accel.held import HostMemory
 from kd_accel.objective import Objective
 from kd_accel.schema import ConfigError
 
@@ -21,7 +32,7 @@ log = logging.getLogger("kd_accel")
 class Saver:
     """Writes checkpoints of one run, in the foreground or behind the training's back; at most one at a time.
 
-    Only `save` and `finish` talk to other ranks; every rank calls them at the same steps.
+    `save` and `finish` are collective; what is written is collected in the background by a process group of its own.
     """
 
     def __init__(
@@ -47,6 +58,7 @@ class Saver:
         self._snapshot_step: int | None = None  # of the checkpoint under way
         self._newest_step: int | None = newest_step  # of the last one that was begun and did not fail
         self._last: Path | None = None  # the last one that this process has seen whole
+        self._memory, self._group = HostMemory(), distributed.second_group()
         self._thread: threading.Thread | None = None
         self._result: tuple[dict[str, list], str | None] = {}, None  # files written by this rank, what went wrong
         if distributed.is_main():
@@ -80,9 +92,9 @@ class Saver:
         if self.is_under_way():
             self.finish()
         self._last_time = time.monotonic()
-        snapshot = take_snapshot(engine=engine, objective=objective, state=state, config=self._config)
-        self._snapshot_step = self._newest_step = snapshot.step
-        self._thread = threading.Thread(target=self._write, args=(snapshot,), name="checkpoint")
+        taken = take_snapshot(engine=engine, objective=objective, state=state, config=self._config, memory=self._memory)
+        self._snapshot_step = self._newest_step = state.step
+        self._thread = threading.Thread(target=self._write, args=(taken,), name="checkpoint")
         self._thread.start()
         if at_end or not self._config.save.background:
             self.finish(must=at_end)
@@ -124,8 +136,9 @@ class Saver:
         if self._last is not None and not self._last.exists():
             log.warning("%s is gone: it was removed under the run", self._last)
 
-    def _write(self, snapshot) -> None:
+    def _write(self, taken: Taken) -> None:
         try:
+            snapshot = joined(taken, self._group)
             self._result = write(snapshot, folder_for(self._run, snapshot.step)), None
         except Exception as error:  # noqa: BLE001  the thread's last words, which `finish` passes on to every rank
             self._result = {}, f"{type(error).__name__}: {error}"

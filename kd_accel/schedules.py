@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
@@ -37,7 +37,7 @@ class _Ramp(Schema):
     """Length in samples, over all processes."""
 
     @model_validator(mode="after")
-    def _one_length(self):
+    def _one_length(self) -> Self:
         given = [name for name in ("steps", "epochs", "samples") if getattr(self, name) is not None]
         if len(given) != 1:
             raise ValueError(f"give the length as exactly one of steps, epochs, samples, not {len(given)}")
@@ -50,6 +50,7 @@ class _Ramp(Schema):
         elif self.epochs is not None:
             done = progress.epoch / self.epochs
         else:
+            assert self.samples is not None
             done = progress.samples / self.samples
         return min(1.0, max(0.0, done))
 
@@ -123,7 +124,7 @@ class Piecewise(Schema):
     """Epochs at which the next value begins, one fewer than values, rising."""
 
     @model_validator(mode="after")
-    def _boundaries(self):
+    def _boundaries(self) -> Self:
         if len(self.epochs) != len(self.values) - 1 or sorted(set(self.epochs)) != self.epochs:
             raise ValueError(f"{len(self.values)} values need {len(self.values) - 1} rising epochs, not {self.epochs}")
         return self
@@ -132,7 +133,7 @@ class Piecewise(Schema):
         return self.values[sum(progress.epoch >= begin for begin in self.epochs)]
 
 
-def _form(value) -> str:
+def _form(value: Any) -> str:
     return "(schedule)" if isinstance(value, dict | Schema) else "(number)"
 
 
@@ -190,7 +191,7 @@ def warmup_constant(
     start = total_steps - cooldown_steps
     if step < start or not cooldown_steps:
         return lr
-    return min_lr + (lr - min_lr) * (1 - (step - start) / cooldown_steps) ** power
+    return min_lr + (lr - min_lr) * math.pow(1 - (step - start) / cooldown_steps, power)
 
 
 def one_cycle(step: int, *, lr: float, min_lr: float, warmup_steps: int, total_steps: int) -> float:

@@ -17,6 +17,7 @@ from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 
 
 class ConfigError(ValueError):
@@ -38,7 +39,7 @@ class Schema(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _no_truth_as_number(cls, values):
+    def _no_truth_as_number(cls, values: Any) -> Any:
         """pydantic would read `batch_size: true` as 1; as text it is refused with its path."""
         if not isinstance(values, dict):
             return values
@@ -50,12 +51,17 @@ class Schema(BaseModel):
 S = TypeVar("S", bound=Schema)
 
 
+def without_nulls(values: Any) -> Any:
+    """Of a mapping what is not null: with null a later file drops an entry of an earlier one."""
+    return {key: v for key, v in values.items() if v is not None} if isinstance(values, dict) else values
+
+
 class _Loader(yaml.SafeLoader):
     """YAML 1.2 scalars: `5e-4` is a number; `on`, `1:30` and `2024-01-01` are text. A key given twice is an error."""
 
     yaml_implicit_resolvers = {}
 
-    def construct_mapping(self, node, deep=False):
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
         if twice := [key for key in keys if keys.count(key) > 1]:
             line = node.start_mark.line + 1
@@ -164,7 +170,8 @@ def _parse_yaml(text: str, name: str) -> Any:
     try:
         return loader.get_single_data()
     except yaml.YAMLError as error:
-        where = f", line {error.problem_mark.line + 1}" if getattr(error, "problem_mark", None) else ""
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or error
         raise ConfigError(f"{name}{where}: not valid YAML: {problem}") from None
     finally:
@@ -178,8 +185,9 @@ def _parse_override(text: str) -> dict:
         raise ConfigError(f"'{text}' is not of the form key=value (for instance data.batch_size=64)")
     if not value.strip():
         raise ConfigError(f"{key}: no value after '='; write {key}=null to unset it, or {key}='\"\"' for an empty text")
-    parsed = _parse_yaml(value, text)
-    for part in reversed(key.split(".")):
+    *outer, last = key.split(".")
+    parsed = {last: _parse_yaml(value, text)}
+    for part in reversed(outer):
         parsed = {part: parsed}
     return parsed
 
@@ -192,11 +200,14 @@ def _merge(under: dict, over: dict) -> dict:
     merged = dict(under)
     for key, value in over.items():
         below = merged.get(key)
-        mergeable = isinstance(value, dict) and isinstance(below, dict)
-        if mergeable and value.get("kind", below.get("kind")) == below.get("kind", value.get("kind")):
+        if isinstance(value, dict) and isinstance(below, dict) and _are_of_a_kind(below, value):
             value = _merge(below, value)
         merged[key] = value
     return merged
+
+
+def _are_of_a_kind(under: dict, over: dict) -> bool:
+    return "kind" not in under or "kind" not in over or under["kind"] == over["kind"]
 
 
 _WANTED = {  # by the first word of pydantic's name for the problem
@@ -211,7 +222,7 @@ _WANTED = {  # by the first word of pydantic's name for the problem
 }
 
 
-def _explain(schema: type[Schema], problems: list[dict]) -> list[str]:
+def _explain(schema: type[Schema], problems: list[ErrorDetails]) -> list[str]:
     """One line per place: path, what is wrong, the value, and a hint."""
     located = [(*_locate(schema, problem["loc"]), problem) for problem in problems]
     lines: dict[tuple, tuple[str, str]] = {}  # path -> what is wrong, value and hint
@@ -226,7 +237,7 @@ def _explain(schema: type[Schema], problems: list[dict]) -> list[str]:
     return [": ".join(filter(None, [".".join(path), wrong + rest])) for path, (wrong, rest) in lines.items()]
 
 
-def _wrong(path: tuple[str, ...], here: list[Any], problem: dict) -> str:
+def _wrong(path: tuple[str, ...], here: list[Any], problem: ErrorDetails) -> str:
     match problem["type"]:
         case "extra_forbidden":
             return "unknown key"
@@ -245,7 +256,7 @@ def _wrong(path: tuple[str, ...], here: list[Any], problem: dict) -> str:
     return re.sub(r"^(Input|String|Dictionary|List|Tuple) should", "should", message)
 
 
-def _given(problem: dict) -> str:
+def _given(problem: ErrorDetails) -> str:
     """The value, unless it is missing, already named, or a whole section that fails as one."""
     match problem["type"], problem["input"]:
         case (("missing" | "union_tag_invalid"), _) | ("value_error", dict()):
@@ -254,7 +265,7 @@ def _given(problem: dict) -> str:
     return f" (got {shown if len(shown) <= 80 else shown[:77] + '...'})"
 
 
-def _hint(path: tuple[str, ...], parents: list[Any], here: list[Any], problem: dict) -> str:
+def _hint(path: tuple[str, ...], parents: list[Any], here: list[Any], problem: ErrorDetails) -> str:
     match problem["type"], problem["input"]:
         case "extra_forbidden", _:
             return did_you_mean(path[-1], [name for schema in parents for name in schema.model_fields])

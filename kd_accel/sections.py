@@ -7,12 +7,12 @@ Imports no torch: `kd-accel --help` and `kd-accel config` answer at once.
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from kd_accel.schedules import Scheduled
-from kd_accel.schema import Schema
+from kd_accel.schema import Schema, without_nulls
 from kd_accel.terms import AnyTerm
 
 
@@ -116,7 +116,7 @@ class TeacherConfig(Schema):
     """Factor of the terms that learn from it, and its share in an ensemble."""
 
     @model_validator(mode="after")
-    def _one_source(self):
+    def _one_source(self) -> Self:
         if self.placement == "cached" and self.store is None:
             raise ValueError("placement=cached reads features from disk: set store, to what kd-accel embed wrote")
         if self.path is not None and self.pretrained is not None:
@@ -130,7 +130,7 @@ class TeacherConfig(Schema):
         return self
 
     def _weights_are_named(self) -> None:
-        package = self.arch.partition("/")[0] if "/" in self.arch else None
+        package = self.arch.partition("/")[0] if self.arch and "/" in self.arch else None
         if package in (None, "ssl") and self.pretrained is None:
             raise ValueError("pretrained is needed beside arch: a teacher with random weights teaches nothing")
         if package not in (None, "ssl") and self.pretrained is not None:
@@ -148,7 +148,7 @@ class TemperatureConfig(Schema):
     """false keeps it at init."""
 
     @model_validator(mode="after")
-    def _start_inside(self):
+    def _start_inside(self) -> Self:
         if self.init is not None and self.init < self.min:
             raise ValueError(f"init={self.init} lies below min={self.min}: raise init or lower min")
         return self
@@ -157,14 +157,14 @@ class TemperatureConfig(Schema):
 class ObjectiveConfig(Schema):
     """What is minimised: a weighted sum of terms."""
 
-    terms: dict[str, AnyTerm | None] = Field(min_length=1)
+    terms: Annotated[dict[str, AnyTerm], BeforeValidator(without_nulls)] = Field(min_length=1)
     """Name of your choice -> term; a name set to null drops a term that a base file brought."""
     temperature: TemperatureConfig = TemperatureConfig()
     logit_bias: float | None = None
     """Start of the learnable bias on the student's logits, of which only siglip makes use (-10 in the paper).
 
     null: the pretrained student's own, where it brings one."""
-    chunk_rows: int = Field(256, gt=0)
+    chunk_rows: int = Field(512, gt=0)
     """Rows of a process that are compared with all columns at a time: memory grows with chunk_rows x global batch."""
     memory: Literal["replicated", "sharded"] = "replicated"
     """What terms remember of each sample: on every process that of all samples, or of its share of them (sharded).
@@ -173,19 +173,11 @@ class ObjectiveConfig(Schema):
 
     @field_validator("terms")
     @classmethod
-    def _names(cls, value):
+    def _names(cls, value: Any) -> Any:
         for name in value:
             if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", name):
                 raise ValueError(f"'{name}' cannot name a term: letters, digits, _ and -, a letter first")
         return value
-
-    @model_validator(mode="after")
-    def _terms_fit(self):
-        kept = {name: term for name, term in self.terms.items() if term is not None}
-        if not kept:
-            raise ValueError("terms: every term is null; at least one is needed")
-        self.__dict__["terms"] = kept
-        return self
 
 
 class OptimConfig(Schema):
@@ -227,7 +219,7 @@ class OptimConfig(Schema):
     """Learning rate of the temperature and of other scales; null follows lr with its warm-up and cosine."""
 
     @model_validator(mode="after")
-    def _one_length(self):
+    def _one_length(self) -> Self:
         if [self.epochs, self.steps, self.samples].count(None) != 2:
             raise ValueError("give exactly one of epochs, steps and samples")
         if (self.schedule == "constant_cooldown") != bool(self.cooldown_steps):
@@ -245,6 +237,8 @@ class LoopConfig(Schema):
     """Steps in a row whose loss or gradient is not finite: they are skipped and logged, one more ends the run."""
     ema_decay: float | None = Field(None, gt=0, lt=1)
     """Keep a moving average of the student's weights, for instance 0.9999; it is what eval and export take."""
+    compile: bool = False
+    """Compile the blocks of student and teachers by torch.compile; takes minutes the first time, and a C++ compiler."""
     deterministic: bool = False
     """Refuse operations that do not give the same bits each time; slower on GPUs."""
     timeout_s: float = Field(1800, gt=0)

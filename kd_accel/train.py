@@ -21,18 +21,19 @@ from kd_accel.blame import non_finite_rows
 from kd_accel.checkpoint import TrainState
 from kd_accel.config import TrainConfig
 from kd_accel.data.loader import rows_per_micro_batch
-from kd_accel.data.workers import is_lost_worker
+from kd_accel.data.open import check_there
 from kd_accel.engine import Engine
 from kd_accel.episodes import Episodes
 from kd_accel.evals.during import TrainingEvaluation
 from kd_accel.launch import end_accelerator, start_accelerator
+from kd_accel.lost import told_in_one_line
 from kd_accel.metrics import MetricsLog, Throughput, replace_text, write_environment
 from kd_accel.objective import NonFiniteLoss
 from kd_accel.optim import build_optimizer, learning_rates
 from kd_accel.push.background import BackgroundPush
 from kd_accel.saver import Saver
 from kd_accel.schedules import Progress
-from kd_accel.schema import ConfigError, LocalError, LostPeerError, dump
+from kd_accel.schema import ConfigError, dump
 from kd_accel.signals import StopSignals
 from kd_accel.timing import Clock, span
 from kd_accel.types import Batch
@@ -45,29 +46,24 @@ STOPPED = "stopped"  # in a run's folder: a signal ended it before its last step
 def run(config: TrainConfig) -> None:
     """Train to the end of `config.optim`, or to a signal; a run that is already there only says so.
 
-    Raises ConfigError, and LocalError when another process of the run is lost.
+    Raises ConfigError, and LocalError when another process of the run is lost, or memory is short.
     """
     torch.use_deterministic_algorithms(config.train.deterministic)
     if config.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses
+    ends = told_in_one_line(
+        waited=f"train.timeout_s={config.train.timeout_s:g}",
+        workers="data.num_workers",
+        smaller="lower data.batch_size and raise train.accumulate, or set student.grad_checkpointing=true",
+        then="start again with resume=auto",
+    )
     try:
-        trainer = Trainer(config)
-        try:
-            trainer.train()
-        finally:
-            trainer.metrics.close()
-    except RuntimeError as error:
-        if distributed.is_lost_peer(error):
-            kind, lost = (
-                LostPeerError,
-                f"{_other_ranks()} died, or did not answer for train.timeout_s={config.train.timeout_s:g}",
-            )
-        elif is_lost_worker(error):
-            kind, lost = LocalError, "a worker of the data loader died; when memory was short, lower data.num_workers"
-        else:
-            raise
-        said = f"rank {distributed.rank()}: {lost} ({distributed.first_line(error)}); start again with resume=auto"
-        raise kind(said) from error
+        with ends:
+            trainer = Trainer(config)
+            try:
+                trainer.train()
+            finally:
+                trainer.metrics.close()
     finally:
         end_accelerator()
 
@@ -101,6 +97,8 @@ class Trainer:
             accumulate=config.train.accumulate,
             timeout_s=config.train.timeout_s,
         )
+        with distributed.failing_together():
+            check_there(config.data)  # before a teacher is fetched
         set_seed(config.seed)  # weights start alike on every rank
         self.teachers = assembly.build_teachers(config)
         self.student = assembly.build_student(config, self.teachers)
@@ -242,7 +240,8 @@ class Trainer:
 
     def _evaluate_if_due(self, signals: StopSignals) -> bool:
         """Evaluate the student by step; whether the run is to stop here, by a signal that came meanwhile."""
-        if not self.evaluation.is_due(self.state.step, total_steps=self.total_steps):
+        lengths = {"steps_per_epoch": self.loader.steps_per_epoch, "total_steps": self.total_steps}
+        if not self.evaluation.is_due(self.state.step, **lengths):
             return False
         self.evaluation.run(
             self.state.step,
@@ -326,6 +325,8 @@ class Trainer:
         loader, ranks = self.loader, distributed.world_size()
         engine = f"ZeRO-{self.engine.zero_stage}" if self.engine.zero_stage else "DDP" if ranks > 1 else "one process"
         log.info("%s, %s, on %s", engine, self.config.precision, self.accelerator.device)
+        for name, blocks in self.engine.compiled.items():
+            log.info("train.compile: %d blocks of %s%s", blocks, name, "" if blocks else ", which runs as it is")
         for line in assembly.remarks(self.config, self.student):
             log.warning("%s", line)
         self.evaluation.announce()
@@ -345,9 +346,3 @@ class Trainer:
 def _micro_batch_size(config: TrainConfig) -> int:
     """Samples per process and forward pass, known before the loader is, because DeepSpeed wants it first."""
     return rows_per_micro_batch(config.data, int(os.environ.get("WORLD_SIZE", "1")), config.train.accumulate)
-
-
-def _other_ranks() -> str:
-    """In words; who of several is lost, nobody can tell."""
-    rank, others = distributed.rank(), distributed.world_size() - 1
-    return f"rank {1 - rank}" if others == 1 else f"one of the {others} other ranks"

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 
@@ -56,10 +57,10 @@ class Batch:
     labels: Tensor | None = None  # [b] int64, class numbers, where the data has some
     stored: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # teacher -> its features read from disk, [b, d]
 
-    def to(self, device) -> Batch:
+    def to(self, device: torch.device) -> Batch:
         """The same batch on `device`; host-to-device copies are asynchronous where the memory is pinned."""
 
-        def move(part):
+        def move(part: Any) -> Any:
             if isinstance(part, dict):
                 return {name: move(value) for name, value in part.items()}
             return None if part is None else part.to(device, non_blocking=True)

@@ -12,7 +12,7 @@ fi
 
 quick="not slow and not root and not gpu"
 code=0
-# Tests of one process run side by side; those that start processes of their own need the cores for themselves.
+# Side by side, by file: tests of one process use one core each, those that start processes wait for each other a lot.
 OMP_NUM_THREADS=1 python -m pytest -m "$quick and not distributed" -n "$((cores < 4 ? cores : 4))" --dist loadfile || code=$?
-python -m pytest -m "$quick and distributed" --durations=20 || code=$?
+OMP_NUM_THREADS=1 python -m pytest -m "$quick and distributed" -n 2 --dist loadfile --durations=20 || code=$?
 exit "$code"

@@ -37,6 +37,7 @@ TERMS = {
     "kl_soft": {"kind": "logit_kl", "weight": 1.1, "teacher_temperature": 0.2},
     "affinity": {"kind": "affinity", "confidence": "sigmoid"},
     "affinity_fixed": {"kind": "affinity", "temperature": 0.3, "teacher_temperature": 0.3},
+    "dist": {"kind": "dist", "weight": 2.0, "confidence": True},
     "mobileclip": {"kind": "mobileclip"},
     "soft_label": {"kind": "soft_label", "temperature": 2.0},
     "soft_label_published": {"kind": "soft_label", "temperature": 2.0, "reference": True},

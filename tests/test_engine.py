@@ -7,9 +7,11 @@ import itertools
 import pytest
 import tiny
 import torch
+from optimizer_state import optimizer_state
 
 from kd_accel.config import TrainConfig
 from kd_accel.engine import Engine
+from kd_accel.held import WEIGHT, HostMemory, whole
 from kd_accel.launch import end_accelerator, start_accelerator
 from kd_accel.models.student import Student
 from kd_accel.models.teacher import Teacher
@@ -99,10 +101,13 @@ def test_state_by_name_is_the_whole_state(launched, tiny_teacher, precision, sta
     config = config_of(tiny_teacher, precision, optimizer=optimizer)
     engine, _ = start(config)
     step(engine, 0), step(engine, 1)
-    weights, memory = engine.masters.weights(), engine.masters.optimizer_state()
+    weights, memory = engine.masters.weights(), optimizer_state(engine)
     assert memory.step == 2
+    held = whole(engine.masters.held(HostMemory()))[WEIGHT]
+    assert held.keys() == weights.keys()
+    assert all(torch.equal(held[name], weight) for name, weight in weights.items())
     step(engine, 2)
-    straight, straight_memory = engine.masters.weights(), engine.masters.optimizer_state()
+    straight, straight_memory = engine.masters.weights(), optimizer_state(engine)
     end_accelerator()
 
     launched(stage)
@@ -111,7 +116,7 @@ def test_state_by_name_is_the_whole_state(launched, tiny_teacher, precision, sta
     engine.masters.load_weights(weights)
     engine.masters.load_optimizer_state(memory)
     step(engine, 2)
-    resumed, resumed_memory = engine.masters.weights(), engine.masters.optimizer_state()
+    resumed, resumed_memory = engine.masters.weights(), optimizer_state(engine)
     assert resumed_memory.step == 3
     for name in straight:
         assert torch.equal(resumed[name], straight[name]), name
@@ -128,7 +133,7 @@ def test_frozen_weights_stay_exact(launched, tiny_teacher, stage, precision, opt
     config = config_of(tiny_teacher, precision, optimizer)
     engine, before = start(config, read={"projected_image"})
     step(engine, 0), step(engine, 1)
-    weights, memory = engine.masters.weights(), engine.masters.optimizer_state()
+    weights, memory = engine.masters.weights(), optimizer_state(engine)
     trained = {name for name in before if "visual" in name or name.startswith("projector.image")}
     assert {name for name in before if torch.equal(weights[name], before[name])} == before.keys() - trained
     assert memory.moments["exp_avg"].keys() == trained
@@ -161,7 +166,7 @@ def test_non_finite_gradient_skips_the_step(launched, tiny_teacher, stage):
     assert not applied
     after = engine.masters.weights()
     assert all(torch.equal(after[name], weight) for name, weight in before.items())
-    assert engine.masters.optimizer_state().step == 0
+    assert optimizer_state(engine).step == 0
     step(engine, 1)
 
 
@@ -188,7 +193,7 @@ def test_moving_average_of_the_masters(launched, tiny_teacher, stage, precision)
     for number in (1, 2, 3):
         step(engine, number)
         if number == 3:  # another engine takes over
-            weights, memory = engine.masters.weights(), engine.masters.optimizer_state()
+            weights, memory = engine.masters.weights(), optimizer_state(engine)
             end_accelerator()
             launched(stage)
             engine, _ = start(config)
@@ -197,7 +202,7 @@ def test_moving_average_of_the_masters(launched, tiny_teacher, stage, precision)
         engine.masters.average(decay)
         now = engine.masters.weights()
         expected = {name: decay * expected[name] + (1 - decay) * now[name] for name in expected}
-    average = engine.masters.optimizer_state().moments["ema"]
+    average = optimizer_state(engine).moments["ema"]
     assert average.keys() == {name for name, _ in engine.student.named_parameters()}
     for name, values in average.items():
         torch.testing.assert_close(values, expected[name], rtol=1e-6, atol=1e-7)

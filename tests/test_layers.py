@@ -25,10 +25,10 @@ LAYERS = (
     ("distributed", "losses", "random_state signals logs"),
     ("trim",),
     ("memory", "models", "data", "blame", "replay"),
-    ("objective own_optimizer chunks temperature bindings recall fit", "stored_teacher", "int8"),
+    ("objective own_optimizer chunks temperature bindings recall fit", "stored_teacher", "int8", "lost"),
     (
-        "launch engine masters optim lamb metrics checkpoint memory_files saver bad_samples assembly episodes evals"
-        " push.background",
+        "launch engine masters held optim lamb metrics checkpoint memory_files saver bad_samples assembly episodes"
+        " evals push.background",
     ),
     (
         "train",

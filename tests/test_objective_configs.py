@@ -23,7 +23,7 @@ SMALLER = {
     "l1_ce_kl_text": ["data.sources.conceptual=null", "data.sources.coco=null", "student.projector=linear"],
     "embedding_labels": ["teacher.placement=engine", "teacher.store=null", "student.projector=linear"],
     "labels_only": ["student.num_classes=4"],
-    "proto_rkd": ["student.projector.hidden=16"],
+    "proto_rkd": [],
     "disttempnet_resnet": ["objective.terms.gcl.network.prototypes=6"],
     "protoclip": [
         "objective.terms.prototype.clusters=3",
@@ -66,6 +66,8 @@ def _tiny(name: str, tmp_path, train_shards, tiny_teacher) -> list[str]:
             "vision_cfg": {"timm_model_name": "resnet10t", "timm_model_pretrained": False, "image_size": 32},
             "text_cfg": {"hf_model_name": str(hf)},
         }
+    if name == "proto_rkd":
+        arch = {"embed_dim": width, "vision_cfg": {"timm_model_name": "resnet10t", "image_size": 32}}
     source = {"data.folder": None, "data.table": None, "data.shards": str(train_shards)}
     source |= {"data.label": "cls"} if written.data.label else {}
     overrides = [

@@ -14,7 +14,8 @@ from kd_accel import cli
 from kd_accel.schema import ConfigError
 
 REPO = Path(__file__).resolve().parent.parent
-README = (REPO / "README.md").read_text(encoding="utf-8") if (REPO / "README.md").exists() else ""
+README = (REPO / "README.md").read_text(encoding="utf-8")
+ARCHITECTURE = (REPO / "docs/architecture.md").read_text(encoding="utf-8")
 
 
 def blocks(text: str, *languages: str) -> list[str]:
@@ -82,7 +83,7 @@ def missing(paths: list[str]) -> list[str]:
 def tree(text: str) -> str:
     """The block that shows the repository: the one with a line for kd_accel/."""
     found = [block for block in blocks(text, "", "text") if re.search(r"^kd_accel/", block, re.M)]
-    assert len(found) == 1, "README.md needs one block with the file tree (a line that begins with kd_accel/)"
+    assert len(found) == 1, "one block with the file tree is needed (a line that begins with kd_accel/)"
     return found[0]
 
 
@@ -100,8 +101,14 @@ def test_command_would_start(command, monkeypatch):
     check(command)
 
 
-def test_every_file_in_the_tree_exists():
-    assert missing(tree_files(tree(README))) == []
+@pytest.mark.parametrize("page", [README, ARCHITECTURE], ids=["README.md", "docs/architecture.md"])
+def test_every_file_in_the_tree_exists(page):
+    assert missing(tree_files(tree(page))) == []
+
+
+def test_every_page_of_docs_is_linked():
+    linked = set(re.findall(r"\]\(docs/([\w-]+\.md)\)", README))
+    assert {page.name for page in (REPO / "docs").glob("*.md")} == linked
 
 
 @pytest.mark.parametrize(

@@ -213,6 +213,16 @@ def test_existing_run_is_refused(config, tmp_path):
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
 
 
+@pytest.mark.parametrize("source", ["shards", "table", "folder"])
+def test_data_that_is_not_there_is_said_before_a_teacher_is_fetched(source, config, tmp_path, monkeypatch):
+    fetched = []
+    monkeypatch.setattr(assembly, "build_teachers", lambda config: fetched.append(config))
+    with pytest.raises(ConfigError, match=rf"data.{source}.*gone.csv"):
+        run(config(data={source: str(tmp_path / "gone.csv"), "batch_size": 8}))
+    assert not fetched
+    assert not (tmp_path / "run").exists()
+
+
 def test_widths_that_differ_need_a_projector(config, tmp_path):
     """A term on features of two widths names itself, both widths and the key, and nothing is written."""
     message = r"objective.terms.feature .*8 wide.*12 wide.*student.projector=linear"

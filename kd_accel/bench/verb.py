@@ -24,7 +24,7 @@ from kd_accel.data.loader import rows_per_micro_batch
 from kd_accel.metrics import replace_text
 from kd_accel.plan.devices import this_device
 from kd_accel.plan.shapes import shapes_only
-from kd_accel.plan.step import TowersCost, towers_cost
+from kd_accel.plan.step import inputs, student_cost, teachers_cost
 from kd_accel.timing import Clock, span
 from kd_accel.train import Trainer
 
@@ -160,10 +160,11 @@ def _flops(trainer: Trainer, config: BenchConfig) -> dict[str, float]:
     with shapes_only():
         teachers = assembly.build_teachers(config, weights=False)
         student = assembly.build_student(config, teachers, weights=False)
-        fitted = assembly.fit_models(config, student, teachers)
-        cost: TowersCost = towers_cost(student, teachers, fitted, rows=rows, zero=False)
-    forward = cost.student_forward * (2 if parts > 1 else 1)
-    return {"student": parts * (forward + cost.student_backward), "teacher": parts * sum(cost.teachers.values())}
+        assembly.fit_models(config, student, teachers)
+        given = inputs(student, teachers, rows=rows)
+        own, taught = student_cost(student, given, bf16=False, zero=False), teachers_cost(teachers, given, bf16=False)
+    forward = own.forward * (2 if parts > 1 else 1)
+    return {"student": parts * (forward + own.backward), "teacher": parts * sum(taught.flops.values())}
 
 
 def _mfu(flops: dict[str, float], seconds: dict[str, float], step: float, peak: float) -> dict[str, float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import cast
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -72,12 +73,14 @@ def _around_one(width: float) -> tuple[float, float]:
 def _shear(view: Image.Image, x: float, y: float) -> Image.Image:
     """By the slopes x and y, about the upper left corner."""
     shear = [math.degrees(math.atan(x)), math.degrees(math.atan(y))]
-    return F.affine(view, angle=0, translate=[0, 0], scale=1, shear=shear, center=[0, 0])
+    sheared: Image.Image = F.affine(view, angle=0, translate=[0, 0], scale=1, shear=shear, center=[0, 0])
+    return sheared
 
 
 def _translate(view: Image.Image, x: float, y: float) -> Image.Image:
     """By whole pixels."""
-    return F.affine(view, angle=0, translate=[int(x), int(y)], scale=1, shear=[0, 0])
+    moved: Image.Image = F.affine(view, angle=0, translate=[int(x), int(y)], scale=1, shear=[0, 0])
+    return moved
 
 
 # (image, strength in -1..1) -> image, and whether the strength has a sign; ranges and order as in torchvision
@@ -93,7 +96,7 @@ OPS: list[tuple[Callable[[Image.Image, float], Image.Image], bool]] = [
     (lambda view, s: F.adjust_contrast(view, 1 + 0.9 * s), True),
     (lambda view, s: F.adjust_sharpness(view, 1 + 0.9 * s), True),
     (lambda view, s: ImageOps.posterize(view, 8 - round(4 * s)), False),
-    (lambda view, s: ImageOps.solarize(view, 255 * (1 - s)), False),
+    (lambda view, s: ImageOps.solarize(view, cast(int, 255 * (1 - s))), False),  # Pillow takes any number
     (lambda view, s: ImageOps.autocontrast(view), False),
     (lambda view, s: ImageOps.equalize(view), False),
 ]

@@ -75,20 +75,21 @@ class BatchMaker:
         text, number = "", 0
         if self.reads_captions:
             text, number = draw_text(sample, self._config, seed=self._seed, epoch=epoch)
-        view = None if sample.image is None else self._views.make(sample, epoch)
+        view = None if sample.image is None or self._views is None else self._views.make(sample, epoch)
         return Row(sample.id, epoch, view, text, number, sample.label)
 
     def join(self, rows: list[Row]) -> Joined:
         """b rows of one epoch; each kind of tokens is cut to the longest caption among them."""
         texts = [row.text for row in rows]
-        place = {"view": rows[0].epoch, "texts": np.array([row.text_number for row in rows])}
+        view, texts_read = rows[0].epoch, np.array([row.text_number for row in rows])
+        views = [row.view for row in rows if row.view is not None]
         ids = np.array([row.id for row in rows])
         return Joined(
             ids=torch.from_numpy(ids),
-            image=None if rows[0].view is None else torch.stack([row.view for row in rows]),
+            image=torch.stack(views) if views else None,
             tokens={kind: trimmed(text.tokenize(texts), text.pad) for kind, text in self._texts.items()},
             labels=None if rows[0].label is None else torch.tensor([row.label for row in rows]),
-            stored={name: store.read(ids, **place) for name, store in self._stores.items()},
+            stored={name: store.read(ids, view=view, texts=texts_read) for name, store in self._stores.items()},
         )
 
     def batch(self, joined: Joined) -> Batch:

@@ -108,12 +108,12 @@ def _require_type(kind: pa.DataType, key: str, name: str, path: str | Path) -> N
 def is_embedded(kind: pa.DataType) -> bool:
     """Whether values of this type are encoded images, or the {bytes, path} in which `datasets` keeps them."""
     if pa.types.is_struct(kind):
-        return kind.get_field_index("bytes") >= 0
-    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+        return bool(kind.get_field_index("bytes") >= 0)
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
 
 
 def _is_list(kind: pa.DataType) -> bool:
-    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
 
 
 def _listed(columns: Columns) -> tuple[str, ...]:

@@ -28,6 +28,7 @@ from kd_accel.schema import ConfigError, LocalError
 
 MAX_OPEN = 64  # shards per process
 TOWERS = ("image", "text")
+Place = np.ndarray | tuple[np.ndarray, int]  # of rows [b] in a shard's features: texts; samples, and a view
 
 
 class EmbeddingStore:
@@ -46,8 +47,8 @@ class EmbeddingStore:
         known = self.info.views if "image" in self.towers else None
         self.views = None if known is None else views_of(known)
         self._sha256 = self.info.sha256()
-        self._source: Source | None = None
-        self._starts, self._names = np.zeros(1, dtype=np.int64), []
+        self._source: Source  # from attach() on
+        self._starts, self._names = np.zeros(1, dtype=np.int64), list[str]()
         self._open: dict[int, Shard] = {}  # least recently used first
         self._checked: set[int] = set()  # shards whose samples are the source's
 
@@ -59,7 +60,7 @@ class EmbeddingStore:
 
         Raises ConfigError where a shard is not in the store, or not as it was stored.
         """
-        if "text" in self.towers and captions_of(data) != self.info.captions:
+        if data is not None and "text" in self.towers and captions_of(data) != self.info.captions:
             raise ConfigError(
                 f"{self._key}: the store holds texts of {_words(self.info.captions)}, this run has"
                 f" {_words(captions_of(data))}: take the store's, or embed again"
@@ -91,6 +92,7 @@ class EmbeddingStore:
             arrays, mine = self._map(int(shard)).arrays, np.flatnonzero(shards == shard)
             rows = ids[mine] - self._starts[shard]
             for tower in self.towers:
+                place: Place
                 if tower == "image":
                     place = rows, view % arrays["image"].shape[1]
                 else:
@@ -112,7 +114,7 @@ class EmbeddingStore:
         return int(np.searchsorted(self._starts, sample_id, side="right")) - 1
 
     def _text_rows(self, starts: np.ndarray, rows: np.ndarray, texts: np.ndarray, shard: int) -> np.ndarray:
-        found = starts[rows] + texts
+        found: np.ndarray = starts[rows] + texts
         if (outside := np.flatnonzero(found >= starts[rows + 1])).size:
             sample = int(self._starts[shard] + rows[outside[0]])
             raise LocalError(
@@ -121,7 +123,7 @@ class EmbeddingStore:
             )
         return found
 
-    def _values(self, arrays: dict[str, np.ndarray], tower: str, place) -> Tensor:
+    def _values(self, arrays: dict[str, np.ndarray], tower: str, place: Place) -> Tensor:
         values = torch.from_numpy(arrays[tower][place])
         match self.info.dtype:
             case "bf16":

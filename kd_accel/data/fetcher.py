@@ -72,6 +72,7 @@ class _Coming(threading.Condition):
 
 
 def _write_line(process: subprocess.Popen, message: Any) -> None:
+    assert process.stdin is not None, "started with a pipe"
     process.stdin.write(json.dumps(message).encode() + b"\n")
     process.stdin.flush()
 
@@ -80,6 +81,7 @@ def _end(process: subprocess.Popen, owner: int) -> None:
     """End the process from the one that started it; loader workers, which are forked from that, have a copy of this."""
     if os.getpid() == owner:
         process.kill()  # not by the end of its input alone, which forked workers hold open: a part is gone on from
+        assert process.stdin is not None, "started with a pipe"
         with suppress(BrokenPipeError):
             process.stdin.close()
         process.wait()

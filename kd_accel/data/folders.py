@@ -32,9 +32,7 @@ def open_folder(
     Raises ConfigError for a folder without images, with images both in and beside sub-folders, and for labels or texts
     of classes where there are none.
     """
-    root = Path(folder)
-    if not root.is_dir():
-        raise ConfigError(f"data.folder: {folder}: no such folder")
+    root = existing_folder(folder)
     found = _images(root)
     classes = sorted(found.keys() - {""})
     if found.get("") and classes:
@@ -53,6 +51,13 @@ def open_folder(
     names = tuple(classes) if labels else None
     rows = ArrowRows(pa.table(columns))
     return RowSource(rows, fields, [part], key="data.folder", max_samples=max_samples, class_names=names)
+
+
+def existing_folder(folder: str) -> Path:
+    """Raises ConfigError for one that is not there."""
+    if not Path(folder).is_dir():
+        raise ConfigError(f"data.folder: {folder}: no such folder")
+    return Path(folder)
 
 
 def _images(root: Path) -> dict[str, list[str]]:

@@ -8,6 +8,7 @@ They are memory-mapped, and images stay encoded until the loader decodes them.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,7 @@ def _load(name: str, split: str) -> datasets.Dataset:
     return loaded[split]
 
 
-def _ask(key: str, name: str | Path, load) -> Any:
+def _ask(key: str, name: str | Path, load: Callable[[], Any]) -> Any:
     """What `load` returns, its complaints as one line; bars only where somebody watches."""
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()

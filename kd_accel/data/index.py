@@ -16,7 +16,7 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from braceexpand import UnbalancedBracesError, braceexpand
@@ -167,7 +167,7 @@ def _write_sidecar(path: Path, samples: Samples) -> None:
     absent = (-1, 0)
     places = [[members.get(extension, absent) for extension in extensions] for _, members in samples]
     table = np.array(places, dtype=np.int64).reshape(len(samples), len(extensions), 2)  # [n, E, (offset, size)]
-    arrays = {
+    arrays: dict[str, Any] = {
         "keys": np.array([key.encode("utf-8", "surrogateescape") for key, _ in samples], dtype=np.bytes_),
         "extensions": np.array(extensions, dtype=np.str_),
         "offsets": table[..., 0],
@@ -180,7 +180,7 @@ def _write_sidecar(path: Path, samples: Samples) -> None:
 def _write_manifest(folder: Path) -> None:
     """List every indexed tar of `folder`, also those of earlier calls."""
     tars = [tar for tar in sorted(folder.glob("*.tar")) if _sidecar(tar).exists()]
-    rows = []
+    rows: list[dict[str, Any]] = []
     for tar in tars:
         sizes, tar_bytes = read_sidecar(tar, "sizes", "tar_bytes")
         rows.append({"file": tar.name, "samples": len(sizes), "bytes": int(tar_bytes)})

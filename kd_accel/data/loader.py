@@ -133,8 +133,14 @@ class TrainLoader:
         mine = slice(self._rank * rows, (self._rank + 1) * rows)
         window = self._config.shuffle_window
         while True:
-            dealt = {"seed": self._seed, "window": window, "global_batch": self.global_batch, "passes": self._passes}
-            order = epoch_order(self._shard_sizes, epoch=epoch, **dealt)[batches_done:, mine]
+            order = epoch_order(
+                self._shard_sizes,
+                seed=self._seed,
+                epoch=epoch,
+                window=window,
+                global_batch=self.global_batch,
+                passes=self._passes,
+            )[batches_done:, mine]
             ahead = ReadAhead(self._source, order)
             for number, ids in enumerate(order.reshape(-1, self.batch_size)):
                 ahead.reach(number // self.accumulate)
@@ -177,8 +183,9 @@ class _Rows(Dataset):
 
 def rows_per_micro_batch(config: DataConfig, world_size: int, accumulate: int) -> int:
     """What one forward pass of one process sees. Raises ConfigError for a global batch that is not dealt evenly."""
-    if config.global_batch_size is None:
+    if config.batch_size is not None:
         return config.batch_size
+    assert config.global_batch_size is not None, "a config gives one of them"
     parts = world_size * accumulate
     if config.global_batch_size % parts:
         micro_batches = f" of {accumulate} micro-batches (train.accumulate)" if accumulate > 1 else ""

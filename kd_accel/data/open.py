@@ -7,14 +7,15 @@ from typing import Any
 
 import numpy as np
 
+from kd_accel.cache_config import CacheConfig
 from kd_accel.config import sources_of
-from kd_accel.data.folders import open_folder
+from kd_accel.data.folders import existing_folder, open_folder
 from kd_accel.data.index import expand_shards
 from kd_accel.data.remote import is_remote
 from kd_accel.data.remote_shards import RemoteShards, expand_urls, open_cache
 from kd_accel.data.shards import TarSource
 from kd_accel.data.source import Source, Sources
-from kd_accel.data.tables import open_table
+from kd_accel.data.tables import expand_files, open_table
 from kd_accel.data_config import DataConfig, SourceConfig
 from kd_accel.schema import ConfigError
 
@@ -27,12 +28,26 @@ def open_source(data: DataConfig, *, images: bool, captions: bool) -> tuple[Sour
     sections = list(sources_of(data).values())
     opened = [open_one(section, images=images, captions=captions) for section in sections]
     for source, section in zip(opened, sections, strict=True):
-        if source.is_remote:
+        if isinstance(source, TarSource) and source.is_remote:
             source.read_in_windows(data.shuffle_window, section.cache.ahead)
     if not data.sources:
         return opened[0], None
-    weights = [np.full(len(source.shard_sizes), s.weight) for source, s in zip(opened, sections, strict=True)]
+    mixed = zip(opened, data.sources.values(), strict=True)
+    weights = [np.full(len(source.shard_sizes), section.weight) for source, section in mixed]
     return Sources(opened), np.concatenate(weights)
+
+
+def check_there(data: DataConfig) -> None:
+    """Raises ConfigError for a local file or folder that is not there, before anything slow is done for it."""
+    for section in sources_of(data).values():
+        if section.folder is not None:
+            existing_folder(section.folder)
+        elif section.table is not None:
+            expand_files(section.table)
+        elif section.shards is not None and data.loader == "indexed":
+            entries = [section.shards] if isinstance(section.shards, str) else section.shards
+            if not any(map(is_remote, entries)):
+                expand_shards(entries)
 
 
 def open_one(section: SourceConfig, *, images: bool, captions: bool) -> Source:
@@ -43,7 +58,7 @@ def open_one(section: SourceConfig, *, images: bool, captions: bool) -> Source:
     if section.folder is not None:
         labels = section.label is not None
         return open_folder(section.folder, caption=caption, labels=labels, max_samples=section.max_samples)
-    columns = {
+    columns: dict[str, Any] = {
         "image": section.image if images else None,
         "caption": caption,
         "synthetic": section.synthetic if captions else None,
@@ -54,13 +69,15 @@ def open_one(section: SourceConfig, *, images: bool, captions: bool) -> Source:
         return open_table(section.table, image_root=section.image_root, **columns)
     from kd_accel.data.huggingface import open_dataset  # `datasets` takes long to import
 
+    assert section.dataset is not None, "a source is one of them"
     return open_dataset(section.dataset, split=section.split, **columns)
 
 
 def _open_tars(section: SourceConfig, *, images: bool, captions: bool) -> Source:
+    assert section.shards is not None
     if section.max_samples is not None:
         raise ConfigError("data.max_samples: tars are read whole; name fewer of them in data.shards")
-    return TarSource(_tars(section), **tar_fields(section, images=images, captions=captions))
+    return TarSource(_tars(section.shards, section.cache), **tar_fields(section, images=images, captions=captions))
 
 
 def tar_fields(section: SourceConfig, *, images: bool, captions: bool) -> dict[str, Any]:
@@ -73,12 +90,11 @@ def tar_fields(section: SourceConfig, *, images: bool, captions: bool) -> dict[s
     }
 
 
-def _tars(section: SourceConfig) -> list[Path] | RemoteShards:
-    entries = [section.shards] if isinstance(section.shards, str) else section.shards
-    if not any(map(is_remote, entries)):
-        return expand_shards(section.shards)
-    cache = open_cache(section.cache)
-    return RemoteShards(expand_urls(section.shards, cache), cache, downloads=section.cache.downloads)
+def _tars(shards: str | list[str], config: CacheConfig) -> list[Path] | RemoteShards:
+    if not any(map(is_remote, [shards] if isinstance(shards, str) else shards)):
+        return expand_shards(shards)
+    cache = open_cache(config)
+    return RemoteShards(expand_urls(shards, cache), cache, downloads=config.downloads)
 
 
 def _fields(given: str | list[str] | None, automatic: str | None = None) -> list[str]:

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import IO, TypeVar
 from urllib.parse import urlsplit, urlunsplit
 
 import aiohttp
@@ -91,7 +91,7 @@ def read_bytes(url: str, patience: Patience) -> bytes | None:
 
     def content() -> bytes:
         fs, path = _filesystem(url, patience)
-        return fs.cat_file(path)
+        return bytes(fs.cat_file(path))
 
     try:
         return _persist(url, content, patience)
@@ -201,7 +201,7 @@ def _continue(url: str, file: RemoteFile, part: Path, patience: Patience) -> Non
         os.fsync(local.fileno())
 
 
-def _copy(remote, local, size: int) -> None:
+def _copy(remote: IO[bytes], local: IO[bytes], size: int) -> None:
     local.seek(0, os.SEEK_END)
     while (here := local.tell()) < size:
         block = remote.read(min(BLOCK, size - here))
@@ -274,7 +274,7 @@ def _delay(failures: int, error: Exception) -> float:
     """Seconds; at least what the server asks for, in reason."""
     seconds = random.uniform(0, min(FIRST_DELAY * 2**failures, LONGEST_DELAY))
     cause = next((e for e in (error, error.__cause__) if isinstance(e, aiohttp.ClientResponseError)), None)
-    asked = (cause.headers or {}).get("Retry-After", "") if cause else ""
+    asked = cause.headers.get("Retry-After", "") if cause and cause.headers else ""
     return max(seconds, min(float(asked), LONGEST_DELAY)) if asked.isdecimal() else seconds
 
 

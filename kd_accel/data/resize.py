@@ -26,7 +26,7 @@ def resized(image: bytes, short_side: int | None, quality: int) -> bytes:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             picture = Image.open(io.BytesIO(image), formats=FORMATS)
             shrink = short_side is not None and min(picture.size) > short_side
-            size = _scaled(picture.size, short_side) if shrink else picture.size
+            size = _scaled(picture.size, short_side) if short_side is not None and shrink else picture.size
             if picture.format in EXTENSIONS and not shrink:
                 picture.load()
                 return image
@@ -42,6 +42,7 @@ def resized(image: bytes, short_side: int | None, quality: int) -> bytes:
 def describe(image: bytes) -> tuple[str, int, int]:
     """(extension, width, height) of what `resized` returned."""
     picture = Image.open(io.BytesIO(image), formats=FORMATS)
+    assert picture.format is not None, "only a picture that was made here has no format"
     return EXTENSIONS[picture.format], *picture.size
 
 

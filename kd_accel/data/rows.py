@@ -136,7 +136,7 @@ def _texts(row: dict[str, Any], columns: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _values(value: str | list[str] | None) -> list[str | None]:
-    return value if isinstance(value, list) else [value]
+    return [*value] if isinstance(value, list) else [value]
 
 
 def _label(value: int | str | None) -> int:

@@ -10,7 +10,7 @@ import os
 import re
 import tarfile
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 from kd_accel.schema import ConfigError
 
@@ -29,9 +29,9 @@ def scan(path: Path) -> Samples:
     samples: Samples = []
     skipped, first_skipped = 0, ""
     try:
-        with path.open("rb") as file, tarfile.open(fileobj=_Headers(file), mode="r:") as tar:
+        with path.open("rb") as file, tarfile.open(fileobj=cast(BinaryIO, _Headers(file)), mode="r:") as tar:
             while (member := tar.next()) is not None:
-                tar.members.clear()  # tarfile keeps them all: 1 KB each
+                tar.members.clear()  # type: ignore[attr-defined]  # tarfile keeps them all: 1 KB each
                 if not 0 <= member.size <= tar.offset - member.offset_data:
                     raise tarfile.ReadError("a size that is none")
                 if not member.isdir() and not _add_member(path, samples, member):

@@ -45,16 +45,16 @@ class TarSource(Source):
         paths: list[Path] | RemoteShards,
         *,
         image: bool = True,
-        captions: list[str] = (),
-        synthetic: list[str] = (),
+        captions: Sequence[str] = (),
+        synthetic: Sequence[str] = (),
         label: str | None = None,
     ):
         self._remote = paths if isinstance(paths, RemoteShards) else None
         self.is_remote = self._remote is not None
-        self.paths = paths.paths if self.is_remote else paths
+        self.paths: list[Path] = paths.paths if isinstance(paths, RemoteShards) else paths
         self._image, self._label = image, label
         self._captions, self._synthetic = [Field.parse(c) for c in captions], [Field.parse(c) for c in synthetic]
-        members = [("data.shards", IMAGE_EXTENSIONS)] if image else []
+        members: list[tuple[str, tuple[str, ...]]] = [("data.shards", IMAGE_EXTENSIONS)] if image else []
         members += [("data.caption", (field.extension,)) for field in self._captions]
         members += [("data.synthetic", (field.extension,)) for field in self._synthetic]
         members += [("data.label", (label,))] if label is not None else []
@@ -78,24 +78,26 @@ class TarSource(Source):
 
     def key(self, sample_id: int) -> str:
         """The sample's name in its tar."""
-        return self.index.keys[sample_id].decode("utf-8", "backslashreplace")
+        name: bytes = self.index.keys[sample_id]
+        return name.decode("utf-8", "backslashreplace")
 
     def shard(self, sample_id: int) -> str:
         """The tar that holds the sample."""
         shard = self._shard(sample_id)
-        return shown(self._remote.urls[shard]) if self.is_remote else str(self.paths[shard])
+        return str(self.paths[shard]) if self._remote is None else shown(self._remote.urls[shard])
 
     def read_in_windows(self, window: int, ahead: int) -> None:
         """Hold `window` remote shards at most, since what is open stays in the cache, and fetch `ahead` more than that.
 
         Raises ConfigError when the cache cannot hold them, with another window of processes that are a step further.
         """
+        assert self._remote is not None, "tars on a local disk are all at hand"
         self._max_open, self._max_coming = min(MAX_OPEN, window), window + ahead
         self._remote.require_room(min(len(self.paths), 2 * window + ahead))
 
     def prefetch(self, shards: Sequence[int]) -> None:
         """Fetch these remote shards in the background, soonest first."""
-        if self.is_remote:
+        if self._remote is not None:
             self._remote.prefetch(shards[: self._max_coming])
 
     def _texts(self, sample_id: int, fields: list[Field], column: int, name: str) -> tuple[str, ...]:
@@ -133,7 +135,8 @@ class TarSource(Source):
         else:
             if len(self._files) == self._max_open:
                 os.close(self._files.pop(next(iter(self._files))))
-            self._files[shard] = self._remote.open(shard) if self.is_remote else os.open(self.paths[shard], os.O_RDONLY)
+            path = self.paths[shard]
+            self._files[shard] = os.open(path, os.O_RDONLY) if self._remote is None else self._remote.open(shard)
         return self._files[shard]
 
 

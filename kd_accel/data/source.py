@@ -49,6 +49,7 @@ class Source(Protocol):
 
     def prefetch(self, shards: Sequence[int]) -> None:
         """Shards that are read next, soonest first: a hint."""
+        return None
 
 
 class Sources(Source):

@@ -112,7 +112,7 @@ def shard_starts(source: Source) -> np.ndarray:
 def shard_names(source: Source) -> list[str]:
     """A file name for each shard: its own file's; blocks of one file, and files of one name, are numbered."""
     stems = [Path(source.shard(int(start))).stem for start in shard_starts(source)[:-1]]
-    total, seen, names = Counter(stems), Counter(), []
+    total, seen, names = Counter(stems), Counter[str](), []
     for stem in stems:
         names.append(f"{stem}.safetensors" if total[stem] == 1 else f"{stem}-{seen[stem]:05d}.safetensors")
         seen[stem] += 1

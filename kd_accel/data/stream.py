@@ -9,11 +9,11 @@ from __future__ import annotations
 import hashlib
 import logging
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import fsspec
 import numpy as np
@@ -74,8 +74,8 @@ class TarStream:
         seed: int,
         buffer: int,
         image: bool = True,
-        captions: list[str] = (),
-        synthetic: list[str] = (),
+        captions: Sequence[str] = (),
+        synthetic: Sequence[str] = (),
         label: str | None = None,
     ):
         self.urls, self._seed, self._buffer = urls, seed, buffer
@@ -101,7 +101,10 @@ class TarStream:
             usable, last = 0, None
             for shard in order[part::parts][skip:]:
                 for found in self._shard(self.urls[shard]):
-                    usable, last = usable + isinstance(found, Sample), found
+                    if isinstance(found, Sample):
+                        usable += 1
+                    else:
+                        last = found
                     yield epoch, found
             if not usable:
                 where = f"{last.shard}: {last.reason}" if last else "they are empty"
@@ -122,7 +125,7 @@ class TarStream:
     def _is_wanted(self, name: str) -> bool:
         return name.lower().endswith(self._wanted)
 
-    def _sample(self, members: dict[str, bytes], url: str) -> Sample | Unusable:
+    def _sample(self, members: dict[str, Any], url: str) -> Sample | Unusable:
         key = members["__key__"]
         try:
             image = _first(members, IMAGE_EXTENSIONS, "image") if self._image else None

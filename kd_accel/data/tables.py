@@ -53,7 +53,7 @@ def open_table(
     Relative image paths start from `image_root`; None: from the folder of the file that has them. Brace ranges in
     `paths` are expanded. Raises ConfigError for files that are missing or cannot be parsed and for absent columns.
     """
-    files = _expand(paths)
+    files = expand_files(paths)
     suffix = _format(files)
     read, *defaults = FORMATS[suffix]
     fields = Fields.of(image, caption, synthetic, label, defaults=tuple(defaults))
@@ -72,7 +72,8 @@ def open_table(
     return RowSource(ArrowRows(table), fields, parts, key="data.table", max_samples=max_samples)
 
 
-def _expand(paths: str | list[str]) -> list[Path]:
+def expand_files(paths: str | list[str]) -> list[Path]:
+    """The files that `paths` names, brace ranges expanded. Raises ConfigError for a missing one, or one given twice."""
     entries = [paths] if isinstance(paths, str) else paths
     try:
         files = [Path(name) for entry in entries for name in braceexpand(entry)]
@@ -134,7 +135,7 @@ def _read_separated(file: Path, fields: Fields) -> pa.Table:
 
 
 def _names(header: bytes, parsing: csv.ParseOptions) -> list[str]:
-    return csv.read_csv(pa.BufferReader(header), parse_options=parsing).column_names
+    return list(csv.read_csv(pa.BufferReader(header), parse_options=parsing).column_names)
 
 
 def _width(first: bytes, parsing: csv.ParseOptions) -> int:

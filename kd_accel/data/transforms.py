@@ -127,7 +127,8 @@ def _reduce(image: Image.Image, box: Box, size: tuple[int, int]) -> Box:
     if scale == 1 or not isinstance(image, JpegImageFile):
         return box
     image.draft(None, (image.width // scale, image.height // scale))
-    return tuple(edge / scale for edge in box)
+    left, upper, right, lower = (edge / scale for edge in box)
+    return left, upper, right, lower
 
 
 def _resized_crop(image: Image.Image, box: Box, size: tuple[int, int]) -> Tensor:  # [3, H, W] uint8

@@ -29,6 +29,7 @@ class Views:
 
     def make(self, sample: Sample, epoch: int) -> Tensor:  # [3, H, W] uint8
         """The view of `sample` in `epoch`; raises BadSample."""
+        assert sample.image is not None, "only what was read has views"
         view = epoch if self.count is None else epoch % self.count
         rng = np.random.default_rng([self.seed, view, sample.id])
         return train_view(sample.image, self.size, self.augment, rng)

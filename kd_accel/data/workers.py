@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from kd_accel.schema import ConfigError
 from kd_accel.signals import stopping_left_to_the_parent
 
 
-def items_of(dataset: Dataset, *, num_workers: int, sampler: Iterable | None = None) -> Iterator[Any]:
+def items_of(dataset: Dataset, *, num_workers: int, sampler: Iterable | None = None) -> Generator[Any]:
     """What `dataset` makes, in order, in `num_workers` processes of one thread each (0: in this one).
 
     An item that is a ConfigError is raised: torch would bury its one line in the worker's traceback.
@@ -36,7 +36,7 @@ def items_of(dataset: Dataset, *, num_workers: int, sampler: Iterable | None = N
     finally:
         # A traceback may hold `items`, and at exit Python waits for workers, which leave SIGTERM to their parent.
         if num_workers:
-            items._shutdown_workers()
+            items._shutdown_workers()  # type: ignore[attr-defined]  # of the iterator that has workers
 
 
 def is_lost_worker(error: BaseException) -> bool:

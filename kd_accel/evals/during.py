@@ -57,12 +57,14 @@ class TrainingEvaluation:
             " checkpoints beside another model's tower: kd-accel eval ... image_from= or text_from="
         )
 
-    def is_due(self, step: int, *, total_steps: int) -> bool:
+    def is_due(self, step: int, *, steps_per_epoch: int, total_steps: int) -> bool:
         """Alike on every rank."""
         if self._config is None:
             return False
-        every = self._config.every_steps
-        return (every is not None and step > 0 and step % every == 0) or (self._config.at_end and step == total_steps)
+        epochs = self._config.every_epochs
+        lengths = [self._config.every_steps, epochs and epochs * steps_per_epoch]
+        in_between = step > 0 and any(length and step % length == 0 for length in lengths)
+        return in_between or (self._config.at_end and step == total_steps)
 
     def run(
         self,
@@ -101,7 +103,8 @@ class TrainingEvaluation:
             weights = engine.masters.weights()
         weights |= engine.masters.averages()
         folder = self._run / ".evaluated"
-        distributed.on_main(lambda: _write(folder / "student", release_of(engine.student, objective, weights)))
+        scale = objective.log_logit_scale, objective.bias
+        distributed.on_main(lambda: _write(folder / "student", release_of(engine.student, weights, *scale)))
         with distributed.failing_together():
             encoder = load_encoder(folder / "student")
         distributed.on_main(lambda: shutil.rmtree(folder, ignore_errors=True))

@@ -17,23 +17,28 @@ from kd_accel import distributed
 from kd_accel.eval_config import EvalConfig
 from kd_accel.evals.encoder import load_encoder, load_teacher
 from kd_accel.evals.evaluate import evaluate
-from kd_accel.evals.lost import told_in_one_line
 from kd_accel.evals.plan import Plan, make_plan
 from kd_accel.evals.results import RESULTS, Row
 from kd_accel.evals.table import averages, in_words, table
 from kd_accel.evals.watch import watch
+from kd_accel.lost import told_in_one_line
 from kd_accel.schema import ConfigError
 
 TIMEOUT_S = 3600  # a rank may decode its images this much longer than another
 SKIPPED = 3  # exit code when a task had no data
 
 
-@told_in_one_line(TIMEOUT_S)
+@told_in_one_line(
+    waited=f"{TIMEOUT_S} s",
+    workers="num_workers",
+    smaller="lower batch_size",
+    then="the rows that are written stay",
+)
 def run(config: EvalConfig) -> int:
     """Evaluate `config.model`, or with watch=true all checkpoints of it; returns the exit code.
 
     Raises ConfigError for what cannot be evaluated; sets that are damaged are told at the end. Raises LocalError when
-    another process is lost.
+    another process is lost, or memory is short.
     """
     distributed.start_process_group(TIMEOUT_S)
     with distributed.failing_together():  # folders may look different to the machine of another rank

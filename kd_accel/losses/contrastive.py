@@ -22,7 +22,8 @@ def positives(logits: Float[Tensor, "b B"], offset: int) -> Float[Tensor, "b"]:
 
 def info_nce(logits: Float[Tensor, "b B"], offset: int) -> Float[Tensor, "b"]:
     """-log softmax(logits)[i, offset + i] of each row (CLIP, arXiv 2103.00020, fig. 3)."""
-    return logits.logsumexp(dim=1) - positives(logits, offset)
+    partners = torch.arange(offset, offset + len(logits), device=logits.device)
+    return F.cross_entropy(logits, partners, reduction="none")
 
 
 def pairwise_sigmoid(logits: Float[Tensor, "b B"], offset: int) -> Float[Tensor, "b"]:

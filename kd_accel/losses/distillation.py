@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
@@ -23,7 +24,14 @@ def kl_divergence(target_logits: Float[Tensor, "b B"], logits: Float[Tensor, "b 
 
     The soft cross entropy less the target's entropy: same gradient, and zero when both agree.
     """
-    return soft_cross_entropy(target_logits, logits) - soft_cross_entropy(target_logits, target_logits)
+    target = target_logits.log_softmax(dim=1)
+    return (target.exp() * (target - logits.log_softmax(dim=1))).sum(dim=1)
+
+
+def correlation_distance(target_logits: Float[Tensor, "b B"], logits: Float[Tensor, "b B"]) -> Float[Tensor, "b"]:
+    """1 - the Pearson correlation of both softmaxes, of each row (inter-class relation of DIST, arXiv 2205.10536)."""
+    target, own = (z.softmax(dim=1) - 1 / z.shape[1] for z in (target_logits, logits))  # a softmax has the mean 1 / B
+    return 1 - F.cosine_similarity(target, own, dim=1)
 
 
 def squared_distance(rows: Float[Tensor, "b d"], targets: Float[Tensor, "b d"]) -> Float[Tensor, "b"]:

@@ -39,16 +39,23 @@ def rkd_angle(rows: Float[Tensor, "B d"], targets: Float[Tensor, "B e"]) -> Scal
     largest tensor is ANCHORS x B x B (or d).
     """
     total = torch.zeros_like(rows[0, 0])
-    options = {"use_reentrant": False, "preserve_rng_state": False}  # nothing in there is random
     for start in range(0, len(rows), ANCHORS):
-        total = total + checkpoint(_angle_error, rows, targets, start, **options)
+        error: Tensor = checkpoint(
+            _angle_error,
+            rows,
+            targets,
+            start,
+            use_reentrant=False,
+            preserve_rng_state=False,  # nothing in there is random
+        )
+        total = total + error
     return total / len(rows) ** 3
 
 
 def _angle_error(rows: Float[Tensor, "B d"], targets: Float[Tensor, "B e"], start: int) -> Scalar:
     """Sum of the smooth L1 of all angles at ANCHORS samples from `start` on."""
-    angles = (_angles(side, slice(start, start + ANCHORS)) for side in (rows, targets))
-    return F.smooth_l1_loss(*angles, reduction="sum")
+    anchors = slice(start, start + ANCHORS)
+    return F.smooth_l1_loss(_angles(rows, anchors), _angles(targets, anchors), reduction="sum")
 
 
 def _angles(rows: Float[Tensor, "B d"], anchors: slice) -> Float[Tensor, "a B B"]:
@@ -57,7 +64,8 @@ def _angles(rows: Float[Tensor, "B d"], anchors: slice) -> Float[Tensor, "a B B"
     lengths = differences.norm(dim=2, keepdim=True)
     # Over infinity, no direction and no gradient; F.normalize's floor would let one of 1e12 times the error through.
     directions = differences / lengths.masked_fill(lengths == 0, torch.inf)
-    return directions @ directions.transpose(1, 2)
+    angles: Tensor = directions @ directions.transpose(1, 2)
+    return angles
 
 
 def compress(
@@ -144,7 +152,7 @@ def gradient_distance(
     """Squared distance of InfoNCE's gradients by unit features, student's and teacher's (GD of CLIP-KD, 2307.12732)."""
     ours = (*_info_nce_gradients(image, text, scale), *_info_nce_gradients(text, image, scale))
     theirs = (*_info_nce_gradients(t_image, t_text, t_scale), *_info_nce_gradients(t_text, t_image, t_scale))
-    return sum(F.mse_loss(our, their) for our, their in zip(ours, theirs, strict=True))
+    return torch.stack([F.mse_loss(our, their) for our, their in zip(ours, theirs, strict=True)]).sum()
 
 
 def _info_nce_gradients(

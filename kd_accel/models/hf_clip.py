@@ -11,16 +11,19 @@ SigLIP 2 is here where its images have one size, which transformers calls "sigli
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedConfig
 
 from kd_accel.models.towers import Scale, take_scale
 from kd_accel.models.two_towers import TwoTowers
 from kd_accel.schema import ConfigError
 from kd_accel.types import ImageInput, InputContract, TextInput
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel  # takes half a second to import
 
 INTERPOLATIONS = {2: "bilinear", 3: "bicubic"}  # PIL's numbers, which processors keep
 
@@ -69,6 +72,8 @@ def build_hf_clip(name: str, *, where: str, weights: bool = True) -> tuple[TwoTo
     Raises ConfigError, which begins with `where`, for what is not to be had, is of another kind, or resizes its images
     in a way that no ImageInput can say.
     """
+    from transformers import AutoImageProcessor  # takes a second to import: only for those who have such a model
+
     config = _load(AutoConfig, "model", name, where)
     if config.model_type not in ("clip", "siglip"):
         raise ConfigError(f"{where}: {name} is a {config.model_type} model; clip and siglip are supported")

@@ -15,16 +15,19 @@ Where export has added transformers' files, DIR/config.json is that of both towe
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from open_clip.tokenizer import HFTokenizer
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModel, PreTrainedConfig
 
 from kd_accel.schema import ConfigError
 from kd_accel.types import TextInput
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel  # takes half a second to import
 
 # pooling -> hf_pooler_type of a text_cfg; the last one is ours alone
 POOLERS = {

@@ -36,12 +36,14 @@ def inherit(student_clip: nn.Module, teacher_clip: nn.Module, *, where: str) -> 
     said, misfits = [], []
     for tower in ("image", "text"):
         ours, theirs = _tower(student_clip, tower), _tower(teacher_clip, tower)
+        if ours is None:
+            continue
         reason = _misfit(ours, theirs)
         if reason is not None:
             misfits.append(f"the {tower} tower {reason}")
             continue
         blocks = _copy(_state(ours), _state(theirs))
-        said.append(f"the {tower} tower starts from that of {where.partition('=')[2]}:{blocks}")
+        said.append(f"the {tower} tower starts from that of {where.partition('=')[2]}{blocks}")
     if not said:
         raise ConfigError(f"{where}: nothing of that model fits: {'; '.join(misfits)}")
     return said + [f"{misfit}: it starts fresh" for misfit in misfits]
@@ -58,10 +60,10 @@ def _state(tower: nn.Module) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in tower.state_dict().items() if not name.startswith(beside)}
 
 
-def _misfit(ours: nn.Module | None, theirs: nn.Module | None) -> str | None:
+def _misfit(ours: nn.Module, theirs: nn.Module | None) -> str | None:
     """Why nothing can be taken, as the end of a sentence; None where the tower fits."""
-    if ours is None or theirs is None:
-        return "is missing in one of the two"
+    if theirs is None:
+        return "has no counterpart there"
     small, large = _state(ours), _state(theirs)
     if _num_blocks(small) > _num_blocks(large):
         return f"has more blocks, {_num_blocks(small)}, than the teacher's, {_num_blocks(large)}"
@@ -107,7 +109,7 @@ def _copy(small: dict[str, Tensor], large: dict[str, Tensor]) -> str:
         small[name].copy_(_leading(large[source], small[name].shape, parts=3 if "in_proj" in name else 1))
     blocks = sorted({int(match[0]) for source in sources.values() if (match := BLOCK_NUMBER.search(source))})
     share = sum(t.numel() for t in small.values()) / sum(t.numel() for t in large.values())
-    return f" blocks {', '.join(map(str, blocks))}, {share:.0%} of its weights" if blocks else ", all its weights"
+    return f": blocks {', '.join(map(str, blocks))}, {share:.0%} of its weights" if blocks else ", all its weights"
 
 
 def _leading(source: Tensor, shape: torch.Size, *, parts: int) -> Tensor:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -85,7 +85,7 @@ class OnnxMeta(Schema):
     """File beside meta.json (models/class_head.py): class logits of raw image features; null: none."""
 
     @model_validator(mode="after")
-    def _a_tower(self):
+    def _a_tower(self) -> Self:
         if self.image is None and self.text is None:
             raise ValueError("neither image nor text is given: a model has one of them at least")
         return self

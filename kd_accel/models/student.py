@@ -85,7 +85,7 @@ class Student(nn.Module):
         if self.projector is not None:
             self.widths |= {f"projected_{view}": _common_width(teacher_dims) for view in views}
         if config.grad_checkpointing:
-            self._checkpoint_gradients()
+            self.checkpoint_gradients(True)
 
     def forward(self, image: Tensor | None, text: Tensor | None) -> dict[str, Tensor]:
         """uint8 `image[b,3,H,W]`, int64 `text[b,T]` -> raw embeddings "image", "text" `[b,d]`, and what the heads make.
@@ -187,18 +187,22 @@ class Student(nn.Module):
         names = self.class_names if self.class_names and len(self.class_names) == len(bias) else None
         return ClassHead(weight, bias, names)
 
+    def checkpoint_gradients(self, enable: bool) -> None:
+        """Whether the towers compute their activations again in the backward pass, in place of keeping them.
+
+        Raises ConfigError for those that cannot.
+        """
+        if isinstance(getattr(self.clip, "visual", None), ModifiedResNet):
+            raise ConfigError("student.grad_checkpointing: open_clip's ResNet cannot do it; use a ViT, or false")
+        try:
+            self.clip.set_grad_checkpointing(enable)
+        except (AssertionError, NotImplementedError) as error:
+            raise ConfigError(f"student.grad_checkpointing: {error}; set it to false") from None
+
     def _parameters_of(self, tower: str) -> list[nn.Parameter]:
         """open_clip keeps the image tower under `visual`, and a CLIP's text tower beside it."""
         named = self.clip.named_parameters()
         return [p for name, p in named if name.startswith("visual.") == (tower == "image")]
-
-    def _checkpoint_gradients(self) -> None:
-        if isinstance(getattr(self.clip, "visual", None), ModifiedResNet):
-            raise ConfigError("student.grad_checkpointing: open_clip's ResNet cannot do it; use a ViT, or false")
-        try:
-            self.clip.set_grad_checkpointing(True)
-        except (AssertionError, NotImplementedError) as error:
-            raise ConfigError(f"student.grad_checkpointing: {error}; set it to false") from None
 
 
 def _tower(feature: str) -> str:

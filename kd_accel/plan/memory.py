@@ -32,15 +32,25 @@ class Memory:
     gradients: int
     optimizer: int  # masters, moments, moving average
     buckets: int  # for communication
-    activations: int  # of towers and objective; or of the step, if that is more
+    activations: int  # of student and teachers; or what the step needs, if that is more
+    objective: int  # what it needs beyond that, and its memory by sample id
 
     @property
     def total(self) -> int:
         return sum(vars(self).values())
 
 
-def memory(stage: int, weights: Weights, *, world_size: int, bf16: bool, has_average: bool, activations: int) -> Memory:
-    """`activations`: bytes at the peak of forward and backward; of stage 0 with the gradients."""
+@dataclass(frozen=True)
+class Peaks:
+    """Bytes at most, of a micro-batch's activations and what comes with them."""
+
+    towers: int  # in forward and backward passes; of stage 0 with the gradients
+    objective: int  # while the losses are computed
+    by_id: int  # what the objective remembers, all the time
+
+
+def memory(stage: int, weights: Weights, peaks: Peaks, *, world_size: int, bf16: bool, has_average: bool) -> Memory:
+    """What a process needs under a ZeRO stage."""
     low = 2 if bf16 and stage else FP32
     own, trained = low * (weights.trained + weights.frozen), weights.trained
     teachers = (2 if bf16 else FP32) * weights.teachers
@@ -48,16 +58,20 @@ def memory(stage: int, weights: Weights, *, world_size: int, bf16: bool, has_ave
     if stage == 0:
         gradients = FP32 * trained
         buckets = gradients if world_size > 1 else 0  # DDP's copy
-        return Memory(
-            own, teachers + weights.beside, gradients, 8 * trained + average, buckets, activations - gradients
-        )
+        state = own, teachers + weights.beside, gradients, 8 * trained + average, buckets
+        return Memory(*state, peaks.towers - gradients, _beyond(peaks, peaks.towers))
     gradients, buckets = low * trained // (1 if stage == 1 else world_size), low * BUCKET
     optimizer = (12 * trained + average) // world_size
     if stage == 3:
         gathered = min(own + teachers, low * MAX_LIVE) if world_size > 1 else 0
         own, teachers, buckets = own // world_size, teachers // world_size, buckets + gathered
-    of_step = FP32 * trained // world_size  # gradients in fp32
-    return Memory(own, teachers + weights.beside, gradients, optimizer, buckets, max(activations, of_step))
+    activations = max(peaks.towers, FP32 * trained // world_size)  # the step's gradients in fp32
+    state = own, teachers + weights.beside, gradients, optimizer, buckets
+    return Memory(*state, activations, _beyond(peaks, activations))
+
+
+def _beyond(peaks: Peaks, activations: int) -> int:
+    return max(0, peaks.objective - activations) + peaks.by_id
 
 
 def network_bytes(stage: int, weights: Weights, *, world_size: int, bf16: bool, features: int) -> int:

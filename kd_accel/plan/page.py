@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from kd_accel.plan.memory import STAGES
+from kd_accel.plan.memory import STAGES, Memory
 
 if TYPE_CHECKING:
     from kd_accel.plan.verb import Plan
@@ -20,14 +20,14 @@ def in_words(plan: Plan, *, mfu: float) -> str:
 
 
 def _models(plan: Plan) -> list[str]:
-    towers, rows = plan.towers, plan.rows
+    rows = plan.rows
     kept = plan.parameters["student"] - plan.parameters["trained"]
     frozen = f", {kept / 1e6:,.1f} M of them frozen" if kept else ""
     lines = [
         f"student    {plan.parameters['student'] / 1e6:,.1f} M parameters{frozen};"
-        f" per sample {_giga(towers.student_forward / rows)} forward, {_giga(towers.student_backward / rows)} backward"
+        f" per sample {_giga(plan.student.forward / rows)} forward, {_giga(plan.student.backward / rows)} backward"
     ]
-    for name, flops in towers.teachers.items():
+    for name, flops in plan.teachers.flops.items():
         lines.append(f"{name:10} {plan.parameters[name] / 1e6:,.1f} M parameters; per sample {_giga(flops / rows)}")
     share = plan.objective.flops / (plan.rows * plan.accumulate)
     lines.append(f"objective  per sample {_giga(share)}, {_bytes(plan.objective.peak)} at its peak")
@@ -36,15 +36,33 @@ def _models(plan: Plan) -> list[str]:
 
 def _memory(plan: Plan) -> list[str]:
     parts = f" x {plan.accumulate} micro-batches" if plan.accumulate > 1 else ""
-    rows = [("", [("no ZeRO", "ZeRO-1", "ZeRO-2", "ZeRO-3")[stage] for stage in STAGES])]
-    for name in vars(plan.memory[0]):
-        rows.append((name, [_bytes(getattr(plan.memory[stage], name)) for stage in STAGES]))
-    rows.append(("together", [_bytes(plan.memory[stage].total) for stage in STAGES]))
-    fits = ["yes" if plan.memory[stage].total < plan.device_memory else "no" for stage in STAGES]
-    rows.append((f"fits into {_bytes(plan.device_memory)}", fits))
-    rows.append(("sent per step", [_bytes(plan.network[stage]) for stage in STAGES]))
     head = f"a process with {plan.rows} rows{parts}, of {plan.world_size} ({plan.global_batch} samples per step)"
-    return [head, *(f"  {name:18}" + "".join(f"{cell:>12}" for cell in cells) for name, cells in rows)]
+    names = [("no ZeRO", "ZeRO-1", "ZeRO-2", "ZeRO-3")[stage] for stage in STAGES]
+    rows = [("", names), *((name, _by_stage(plan.memory, name)) for name in vars(plan.memory[0]))]
+    rows += [*_sum(plan.memory, plan.device_memory), ("sent per step", [_bytes(plan.network[s]) for s in STAGES])]
+    lines = [head, *_aligned(rows)]
+    if other := plan.otherwise:
+        more = _giga(abs(other.flops_per_sample - plan.flops_per_sample))
+        lines += [
+            f"the same with student.grad_checkpointing={str(other.grad_checkpointing).lower()},"
+            f" for {more} {'more' if other.grad_checkpointing else 'less'} per sample",
+            *_aligned([("activations", _by_stage(other.memory, "activations"))]),
+            *_aligned(_sum(other.memory, plan.device_memory)),
+        ]
+    return lines
+
+
+def _by_stage(memory: dict[int, Memory], name: str) -> list[str]:
+    return [_bytes(getattr(memory[stage], name)) for stage in STAGES]
+
+
+def _sum(memory: dict[int, Memory], of_device: int) -> list[tuple[str, list[str]]]:
+    fits = ["yes" if memory[stage].total < of_device else "no" for stage in STAGES]
+    return [("together", _by_stage(memory, "total")), (f"fits into {_bytes(of_device)}", fits)]
+
+
+def _aligned(rows: list[tuple[str, list[str]]]) -> list[str]:
+    return [f"  {name:18}" + "".join(f"{cell:>12}" for cell in cells) for name, cells in rows]
 
 
 def _per_step(plan: Plan) -> list[str]:

@@ -5,7 +5,7 @@ FLOPs are those of captions at full length; `embed` and `train` cut them to the 
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,16 +23,25 @@ from kd_accel.plan.shapes import Watch, cast
 from kd_accel.schedules import Progress
 from kd_accel.terms import LabelCE
 
+Inputs = tuple[Tensor | None, dict[str, Tensor]]  # view, tokens by model
+
 
 @dataclass(frozen=True)
-class TowersCost:
-    """Of one micro-batch of b rows."""
+class StudentCost:
+    """Of one micro-batch."""
 
-    student_forward: int  # FLOPs
-    student_backward: int  # FLOPs, with what is computed again for it
-    teachers: dict[str, int]  # FLOPs
+    forward: int  # FLOPs
+    backward: int  # FLOPs, with what is computed again for it
     held: int  # bytes of activations that wait for the backward pass
     peak: int  # bytes of activations and gradients at most
+
+
+@dataclass(frozen=True)
+class TeachersCost:
+    """Of one micro-batch."""
+
+    flops: dict[str, int]  # by teacher
+    peak: int  # bytes of activations at most
 
 
 @dataclass(frozen=True)
@@ -44,35 +53,53 @@ class ObjectiveCost:
     bytes_per_sample_id: int  # that it remembers
 
 
-def towers_cost(student: Student, teachers: Teachers, config: TrainConfig, *, rows: int, zero: bool) -> TowersCost:
+def inputs(student: Student, teachers: Teachers, *, rows: int) -> Inputs:
+    """One view that holds what every model wants, each model's tokens at full length; inside shapes_only()."""
+    wants = {"student": student.wants, **{name: teacher.wants for name, teacher in live(teachers).items()}}
+    size = largest(wants.values())
+    image = None if size is None else torch.zeros(rows, 3, *size, dtype=torch.uint8)
+    lengths = {name: contract.text.context_length for name, contract in wants.items() if contract.text is not None}
+    return image, {name: torch.ones(rows, length, dtype=torch.int64) for name, length in lengths.items()}
+
+
+def student_cost(student: Student, given: Inputs, *, bf16: bool, zero: bool) -> StudentCost:
     """Inside shapes_only(). `zero`: as DeepSpeed runs it, with bf16 weights, and gradients that are taken away at once;
 
-    else bf16 is autocast, and gradients stay. FLOPs are the same and counted only in the latter.
+    else bf16 is autocast, and gradients stay. FLOPs are the same.
     """
-    bf16 = config.precision == "bf16"
-    live = {name: teacher for name, teacher in teachers.items() if isinstance(teacher, Teacher)}
-    for module in (*live.values(), *([student] if zero else [])):
-        cast(module, torch.bfloat16 if bf16 else torch.float32)
+    image, text = given
+    cast(student, torch.bfloat16 if bf16 and zero else torch.float32)
     student.train()
-    autocast = torch.autocast("cpu", torch.bfloat16) if bf16 and not zero else nullcontext()
-    image, text = _inputs(student, live, rows)
     trained = [p for p in student.parameters() if p.requires_grad and zero]
     hooks = [p.register_post_accumulate_grad_hook(_forget) for p in trained]
-    flops = {}
-    with Watch(counts_flops=not zero) as watch:
-        with autocast:
+    with Watch() as watch:
+        with _autocast(bf16 and not zero):
             said = student(image, text.get("student"))
-            forward = watch.flops
-            for name, teacher in live.items():
-                before = watch.flops
-                teacher(image, text.get(name))
-                flops[name] = watch.flops - before
-        held, before = watch.held, watch.flops
+        forward, held = watch.flops, watch.held
         sum(rows.float().sum() for rows in said.values()).backward()
     for hook in hooks:
         hook.remove()
     student.zero_grad()
-    return TowersCost(forward, watch.flops - before, flops, held, watch.peak)
+    return StudentCost(forward, watch.flops - forward, held, watch.peak)
+
+
+def teachers_cost(teachers: Teachers, given: Inputs, *, bf16: bool) -> TeachersCost:
+    """Of those that run. Inside shapes_only()."""
+    image, text = given
+    flops = {}
+    for teacher in live(teachers).values():
+        cast(teacher, torch.bfloat16 if bf16 else torch.float32)
+    with Watch() as watch, _autocast(bf16):
+        for name, teacher in live(teachers).items():
+            before = watch.flops
+            teacher(image, text.get(name))
+            flops[name] = watch.flops - before
+    return TeachersCost(flops, watch.peak)
+
+
+def live(teachers: Teachers) -> dict[str, Teacher]:
+    """Those that run in training: the others' features are stored."""
+    return {name: teacher for name, teacher in teachers.items() if isinstance(teacher, Teacher)}
 
 
 def objective_cost(
@@ -134,13 +161,8 @@ def _classes(config: TrainConfig, student: Student) -> dict[str, Tensor]:
     return found
 
 
-def _inputs(student: Student, teachers: dict[str, Teacher], rows: int) -> tuple[Tensor | None, dict[str, Tensor]]:
-    """One view that holds what every model wants, each model's tokens at full length."""
-    wants = {"student": student.wants, **{name: teacher.wants for name, teacher in teachers.items()}}
-    size = largest(wants.values())
-    image = None if size is None else torch.zeros(rows, 3, *size, dtype=torch.uint8)
-    lengths = {name: contract.text.context_length for name, contract in wants.items() if contract.text is not None}
-    return image, {name: torch.ones(rows, length, dtype=torch.int64) for name, length in lengths.items()}
+def _autocast(enabled: bool) -> AbstractContextManager:
+    return torch.autocast("cpu", torch.bfloat16) if enabled else nullcontext()
 
 
 def _forget(parameter: Tensor) -> None:

@@ -20,14 +20,24 @@ from kd_accel.bindings import features_read
 from kd_accel.config import teachers_of
 from kd_accel.data.loader import rows_per_micro_batch
 from kd_accel.data.open import open_source
+from kd_accel.fit import check_fit
 from kd_accel.metrics import replace_text
 from kd_accel.models.student import Student
-from kd_accel.models.teacher import Teacher
 from kd_accel.plan.devices import TABLE, Device, device
-from kd_accel.plan.memory import STAGES, Memory, Weights, checkpoint_bytes, memory, network_bytes
+from kd_accel.plan.memory import STAGES, Memory, Peaks, Weights, checkpoint_bytes, memory, network_bytes
 from kd_accel.plan.page import in_words
 from kd_accel.plan.shapes import shapes_only
-from kd_accel.plan.step import ObjectiveCost, TowersCost, objective_cost, towers_cost
+from kd_accel.plan.step import (
+    Inputs,
+    ObjectiveCost,
+    StudentCost,
+    TeachersCost,
+    inputs,
+    live,
+    objective_cost,
+    student_cost,
+    teachers_cost,
+)
 from kd_accel.plan_config import PlanConfig
 from kd_accel.schema import ConfigError
 
@@ -45,16 +55,27 @@ class Plan:
     device: str
     device_memory: int  # of one of them
     parameters: dict[str, int]  # student, trained, and by teacher
-    towers: TowersCost  # of a micro-batch
+    student: StudentCost  # of a micro-batch, without ZeRO
+    teachers: TeachersCost  # of a micro-batch
     objective: ObjectiveCost  # of a step, of one process
     flops_per_sample: float  # of everything
     memory: dict[int, Memory]  # by ZeRO stage, of a process
+    otherwise: Otherwise | None  # None: the student cannot checkpoint its activations
     network: dict[int, int]  # by ZeRO stage: sent by a process in a step
     checkpoint: int
     store_per_sample: dict[str, int]  # by teacher: features of one view and caption in 16 bits
     samples_per_epoch: int | None  # None: nobody knows
     samples: int | None  # of the whole training
     hours: dict[str, float]  # by device, as many of them, at `mfu`
+
+
+@dataclass(frozen=True)
+class Otherwise:
+    """The same with the other value of student.grad_checkpointing."""
+
+    grad_checkpointing: bool
+    flops_per_sample: float
+    memory: dict[int, Memory]
 
 
 def run(config: PlanConfig) -> None:
@@ -68,42 +89,54 @@ def run(config: PlanConfig) -> None:
 def make_plan(config: PlanConfig) -> Plan:
     """The plan of a training config. Raises ConfigError."""
     count, name = config.devices.split("x")
-    world_size, chosen = int(count), device(name)
-    rows = rows_per_micro_batch(config.data, world_size, config.train.accumulate)
+    cpu = device("CPU")
+    world_size, chosen = int(count), cpu if name == "CPU" else device(name)
+    accumulate, bf16 = config.train.accumulate, config.precision == "bf16"
+    rows = rows_per_micro_batch(config.data, world_size, accumulate)
     with shapes_only():
         teachers = assembly.build_teachers(config, weights=False)
         student = assembly.build_student(config, teachers, weights=False)
         config = assembly.fit_models(config, student, teachers)
         weights = _weights(config, student, teachers)
-        plain, zero = (towers_cost(student, teachers, config, rows=rows, zero=zero) for zero in (False, True))
-    objective = objective_cost(config, student, teachers, rows=rows * config.train.accumulate, world_size=world_size)
-    global_batch = rows * config.train.accumulate * world_size
-    flops = _flops_per_sample(plain, objective, rows=rows, accumulate=config.train.accumulate)
+        given = inputs(student, teachers, rows=rows)
+        taught, costs = teachers_cost(teachers, given, bf16=bf16), _student_costs(config, student, given)
+    global_batch = rows * accumulate * world_size
     on_epoch, samples = _samples(config, global_batch)
+    check_fit(
+        config.objective,
+        widths=student.widths,
+        teachers={name: teacher.spec for name, teacher in teachers.items()},
+        num_samples=on_epoch,
+        global_batch=global_batch,
+        own_bias=student.scale.bias,
+    )
+    objective = objective_cost(config, student, teachers, rows=rows * accumulate, world_size=world_size)
     by_id = objective.bytes_per_sample_id * (on_epoch or 0)
-    shared = {"world_size": world_size, "bf16": config.precision == "bf16"}
+    shared = {"world_size": world_size, "bf16": bf16}
     compared = FEATURE_BYTES * global_batch * _width_compared(config, student, teachers)
-    by_id_here = by_id // (world_size if config.objective.memory == "sharded" else 1)
-    activations = {
-        stage: max(towers.peak, towers.held + objective.peak) + by_id_here
-        for stage, towers in zip(STAGES, (plain, zero, zero, zero), strict=True)
-    }
     average = config.train.ema_decay is not None
+    by_id_here = by_id // (world_size if config.objective.memory == "sharded" else 1)
+    memories = []
+    for own in costs:
+        peaks = [_peaks(own[stage > 0], taught, objective, by_id_here) for stage in STAGES]
+        memories.append(
+            {stage: memory(stage, weights, peaks[stage], **shared, has_average=average) for stage in STAGES}
+        )
+    flops = [_flops_per_sample(own[False], taught, objective, rows=rows, accumulate=accumulate) for own in costs]
     return Plan(
         rows=rows,
-        accumulate=config.train.accumulate,
+        accumulate=accumulate,
         world_size=world_size,
         global_batch=global_batch,
         device=name,
         device_memory=chosen.memory,
         parameters=_parameters(student, teachers),
-        towers=plain,
+        student=costs[0][False],
+        teachers=taught,
         objective=objective,
-        flops_per_sample=flops,
-        memory={
-            stage: memory(stage, weights, **shared, has_average=average, activations=activations[stage])
-            for stage in STAGES
-        },
+        flops_per_sample=flops[0],
+        memory=memories[0],
+        otherwise=Otherwise(not config.student.grad_checkpointing, flops[1], memories[1]) if costs[1:] else None,
         network={stage: network_bytes(stage, weights, **shared, features=compared) for stage in STAGES},
         checkpoint=checkpoint_bytes(weights.trained, weights.frozen, has_average=average) + by_id,
         store_per_sample={
@@ -111,18 +144,37 @@ def make_plan(config: PlanConfig) -> Plan:
         },
         samples_per_epoch=on_epoch,
         samples=samples,
-        hours=_hours(flops, samples, [*TABLE, *([chosen] if name == "CPU" else [])], world_size, config.mfu),
+        hours=_hours(flops[0], samples, [*TABLE, cpu], world_size, config.mfu),
     )
+
+
+def _student_costs(config: PlanConfig, student: Student, given: Inputs) -> list[dict[bool, StudentCost]]:
+    """Without and with ZeRO, then with the other grad_checkpointing where the student can; inside shapes_only()."""
+
+    def both() -> dict[bool, StudentCost]:
+        return {
+            zero: student_cost(student, given, bf16=config.precision == "bf16", zero=zero) for zero in (False, True)
+        }
+
+    as_configured = both()
+    try:
+        student.checkpoint_gradients(not config.student.grad_checkpointing)
+    except ConfigError:
+        return [as_configured]
+    return [as_configured, both()]
+
+
+def _peaks(student: StudentCost, teachers: TeachersCost, objective: ObjectiveCost, by_id: int) -> Peaks:
+    """Teachers run, and losses are computed, while the student's activations wait."""
+    return Peaks(max(student.peak, student.held + teachers.peak), student.held + objective.peak, by_id)
 
 
 def _weights(config: PlanConfig, student: Student, teachers: assembly.Teachers) -> Weights:
     """Inside shapes_only()."""
     trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
     low, inside, beside = 2 if config.precision == "bf16" else 4, 0, 0
-    for name, section in teachers_of(config).items():
-        model = teachers[name]
-        if not isinstance(model, Teacher):
-            continue
+    for name, model in live(teachers).items():
+        section = teachers_of(config)[name]
         if section.placement == "engine":
             inside += _numel(model)
         else:
@@ -137,17 +189,18 @@ def _numel(model: nn.Module) -> int:
 
 
 def _parameters(student: Student, teachers: assembly.Teachers) -> dict[str, int]:
-    live = {name: _numel(teacher) for name, teacher in teachers.items() if isinstance(teacher, Teacher)}
     return {
         "student": _numel(student),
         "trained": sum(p.numel() for p in student.parameters() if p.requires_grad),
-    } | live
+    } | {name: _numel(teacher) for name, teacher in live(teachers).items()}
 
 
-def _flops_per_sample(towers: TowersCost, objective: ObjectiveCost, *, rows: int, accumulate: int) -> float:
+def _flops_per_sample(
+    student: StudentCost, teachers: TeachersCost, objective: ObjectiveCost, *, rows: int, accumulate: int
+) -> float:
     """Of several micro-batches the student's forward pass runs twice."""
-    passes = towers.student_forward * (2 if accumulate > 1 else 1) + towers.student_backward
-    return (passes + sum(towers.teachers.values())) / rows + objective.flops / (rows * accumulate)
+    passes = student.forward * (2 if accumulate > 1 else 1) + student.backward
+    return (passes + sum(teachers.flops.values())) / rows + objective.flops / (rows * accumulate)
 
 
 def _width_compared(config: PlanConfig, student: Student, teachers: assembly.Teachers) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from kd_accel.chunks import Step
+from kd_accel.chunks import Chunk, Step
 from kd_accel.schedules import Progress
 
 Rows = dict[str, Tensor]  # features of this rank by name: unit rows, and `raw.` ones
@@ -21,6 +21,10 @@ class Recall(nn.Module):
 
     def prepare(self, step: Step, progress: Progress) -> None:
         """Look up what this step needs, before its first chunk."""
+
+    def rows(self, chunk: Chunk, scale: Tensor) -> Tensor:
+        """One number per row, [c]; notes what is to be remembered."""
+        raise NotImplementedError
 
     def commit(self, ids: Tensor | None, noted: Rows) -> None:
         """Remember what all ranks noted, [B] or [B, k] by name, of samples `ids` [B]; only of a step that was taken."""

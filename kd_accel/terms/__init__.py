@@ -25,6 +25,7 @@ from kd_accel.terms.distillation import (
     Affinity,
     CosDiff,
     CrossKL,
+    Dist,
     Gradient,
     InteractiveContrastive,
     LogitKL,
@@ -57,6 +58,7 @@ AnyTerm = Annotated[
     | LabelCE
     | LogitKL
     | Affinity
+    | Dist
     | MobileClip
     | SoftLabel
     | LogitMSE
@@ -97,6 +99,7 @@ __all__ = [
     "Cosine",
     "CrossKL",
     "Dino",
+    "Dist",
     "DistillationTerm",
     "EmbeddingCE",
     "EmbeddingHuber",

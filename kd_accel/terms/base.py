@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
@@ -39,7 +39,7 @@ class WholeBatchTerm(DistillationTerm):
 
     @field_validator("confidence")
     @classmethod
-    def _no_confidence(cls, value):
+    def _no_confidence(cls, value: Any) -> Any:
         if value:
             raise ValueError("this term compares the whole batch at once and has no loss per sample: drop confidence")
         return value

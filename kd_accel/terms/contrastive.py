@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self, cast
 
 from pydantic import Field, model_validator
 
@@ -77,12 +77,15 @@ _VARIANTS = {  # (temperature, multiply_tau)
     "sogclr": ("constant", True),
     "isogclr": ("individual", True),
 }
-_INDIVIDUAL = {  # update -> init, min, max, lr
+_INDIVIDUAL: dict[str, dict[str, Any]] = {  # update -> init, min, max, lr
     "adam": {"init": 0.03, "min": 0.01, "max": 1.0, "lr": 0.0133},
     "momentum": {"init": 0.01, "min": 0.005, "max": 0.05, "lr": 0.03},
 }
 _BY_TEMPERATURE = ("individual", "network")  # sections of their own
-_NETWORK = {"tempnet": {"min": 0.005, "max": 0.05}, "disttempnet": {"min": 0.001, "max": None}}
+_NETWORK: dict[str, dict[str, Any]] = {
+    "tempnet": {"min": 0.005, "max": 0.05},
+    "disttempnet": {"min": 0.001, "max": None},
+}
 
 
 class GlobalContrastive(Term):
@@ -120,12 +123,12 @@ class GlobalContrastive(Term):
     gradient (v2); SogCLR, iSogCLR and TempNet add the two directions and report a surrogate as the loss."""
 
     @model_validator(mode="after")
-    def _fill_in(self):
+    def _fill_in(self) -> Self:
         low, high = bounds(self.gamma)
         if not 0 < low <= high <= 1:
             raise ValueError(f"gamma must stay in (0, 1] and goes from {low:g} to {high:g}: change gamma")
         temperature, multiply_tau = _VARIANTS[self.variant]
-        chosen = {"temperature": self.temperature or temperature}
+        chosen: dict[str, Any] = {"temperature": self.temperature or temperature}
         multiplied = chosen["temperature"] in ("individual", "network")
         if multiplied and self.multiply_tau is False:
             raise ValueError(
@@ -133,8 +136,8 @@ class GlobalContrastive(Term):
             )
         chosen["multiply_tau"] = multiplied or (multiply_tau if self.multiply_tau is None else self.multiply_tau)
         for name in _BY_TEMPERATURE:
-            chosen[name] = self._completed(name, getattr(self, name))
-            default = self._completed(name, type(self).model_fields[name].default)
+            chosen[name] = self._completed(getattr(self, name))
+            default = self._completed(type(self).model_fields[name].default)
             if chosen["temperature"] != name and chosen[name] != default:
                 raise ValueError(
                     f"{name} is only looked at with temperature={name}, and this term has"
@@ -146,9 +149,12 @@ class GlobalContrastive(Term):
         self.__dict__.update(chosen)
         return self
 
-    def _completed(self, name: str, section: Schema) -> Schema:
-        """The section individual or network, with what this term's variant and head put where it leaves null."""
-        if name == "network":
+    def _completed(
+        self, section: IndividualTemperature | NetworkTemperature
+    ) -> IndividualTemperature | NetworkTemperature:
+        """The section with what this term's variant and head put where it leaves null."""
+        defaults: dict[str, Any]
+        if isinstance(section, NetworkTemperature):
             defaults = _NETWORK[section.head]
         else:
             update = section.update or ("momentum" if self.variant == "isogclr" else "adam")
@@ -158,14 +164,16 @@ class GlobalContrastive(Term):
     @staticmethod
     def _check_ranges(individual: IndividualTemperature, network: NetworkTemperature) -> None:
         for name, section in (("individual", individual), ("network", network)):
-            if section.max is not None and section.min >= section.max:
+            if section.min is not None and section.max is not None and section.min >= section.max:
                 raise ValueError(
                     f"{name}.min={section.min:g} is not below {name}.max={section.max:g}: change one of them"
                 )
-        if not individual.min <= individual.init <= individual.max:
+        completed = individual.min, individual.init, individual.max
+        low, init, high = cast(tuple[float, float, float], completed)
+        if not low <= init <= high:
             raise ValueError(
-                f"individual.init={individual.init:g} is not between individual.min={individual.min:g} and"
-                f" individual.max={individual.max:g}: change one of them"
+                f"individual.init={init:g} is not between individual.min={low:g} and individual.max={high:g}:"
+                " change one of them"
             )
 
 
@@ -186,7 +194,7 @@ class LabelCE(Term):
     """true: cross entropy of the probabilities, a softmax too many, as in clip-distillation."""
 
     @model_validator(mode="after")
-    def _ignores_nothing(self):
+    def _ignores_nothing(self) -> Self:
         """What only class names, or only class embeddings, make use of."""
         named = self.classes is not None and not self.classes.endswith(".safetensors")
         used = {"templates": named, "teacher": named, "scale": self.classes is not None}

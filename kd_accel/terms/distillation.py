@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
@@ -36,6 +36,15 @@ class Affinity(_LogitTerm):
     """The student's temperature here (TinyCLIP fixes both at 0.02); null: its own learnable one."""
 
 
+class Dist(_LogitTerm):
+    """1 - the correlation of the image-to-text and text-to-image distributions: their order matters, not their scale.
+
+    Inter-class relation of DIST (arXiv 2205.10536).
+    """
+
+    kind: Literal["dist"] = "dist"
+
+
 class MobileClip(DistillationTerm):
     """Soft cross entropy against the mean distribution of several teachers (MobileCLIP, arXiv 2311.17049, sec. 3.2).
 
@@ -53,7 +62,7 @@ class MobileClip(DistillationTerm):
 
     @field_validator("teachers")
     @classmethod
-    def _each_once(cls, value):
+    def _each_once(cls, value: Any) -> Any:
         if value is not None and len(set(value)) < len(value):
             raise ValueError("a teacher stands in the ensemble twice: raise its weight instead")
         return value

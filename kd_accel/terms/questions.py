@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from kd_accel.terms.base import DistillationTerm, Term
 from kd_accel.terms.contrastive import LabelCE
 from kd_accel.terms.distillation import MobileClip
 from kd_accel.terms.relational import Prototype
 
 
-def check_teachers(terms: dict[str, Term], names: list[str]) -> None:
+def check_teachers(terms: Mapping[str, Term], names: list[str]) -> None:
     """Raises ValueError when a term has no teacher to learn from, or a teacher no term."""
     used: set[str] = set()
     for name, term in terms.items():

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -56,7 +56,7 @@ def test_the_split_of_a_step(given, config, tmp_path, capsys):
     # of the same FLOPs that `plan` counts
     plan = make_plan(validate(PlanConfig, yaml.safe_load(config.read_text()) | {"devices": "1xCPU"}))
     spent = timing["seconds"]["teacher"]
-    assert timing["mfu"]["teacher"] == pytest.approx(plan.towers.teachers["teacher"] / spent / timing["peak_flops"])
+    assert timing["mfu"]["teacher"] == pytest.approx(plan.teachers.flops["teacher"] / spent / timing["peak_flops"])
 
 
 def test_synthetic_input_needs_no_data(config, tmp_path):
@@ -88,22 +88,53 @@ def test_length_and_folder_of_the_run_do_not_matter(config, tmp_path):
     assert (tmp_path / "runs/run/metrics.jsonl").read_text() == "kept"
 
 
-def test_compare_finds_what_became_slower(tmp_path, capsys):
-    sys.path.insert(0, str(ROOT / "tests/benchmarks"))
-    try:
-        import compare
-    finally:
-        sys.path.pop(0)
-    old, new = tmp_path / "old.json", tmp_path / "new.json"
+@pytest.fixture
+def compare(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "tests/benchmarks")
+    return importlib.import_module("compare")
+
+
+@pytest.fixture
+def compared(compare, tmp_path):
+    """compare.py on two files' contents: what it ends with."""
+
+    def run(old: object, new: object) -> int:
+        files = [tmp_path / "old.json", tmp_path / "new.json"]
+        for file, content in zip(files, (old, new), strict=True):
+            file.write_text(json.dumps(content))
+        return compare.main(list(map(str, files)))
+
+    return run
+
+
+def test_compare_finds_what_became_slower(compared, capsys):
     timing = {"samples_per_second": 100.0, "peak_memory": 1000, "seconds": {"student": 1.0, "other": 0.001}}
-    old.write_text(json.dumps(timing))
-    new.write_text(json.dumps(timing | {"samples_per_second": 91.0, "peak_memory": 1080}))
-    assert compare.main([str(old), str(new)]) == 0
-    new.write_text(json.dumps(timing | {"samples_per_second": 89.0}))
-    assert compare.main([str(old), str(new)]) == 1
+    assert compared(timing, timing | {"samples_per_second": 91.0, "peak_memory": 1080}) == 0
+    assert compared(timing, timing | {"samples_per_second": 89.0}) == 1
     assert "samples_per_second" in capsys.readouterr().out
-    new.write_text(json.dumps(timing | {"peak_memory": 1200}))
-    assert compare.main([str(old), str(new)]) == 1
+    assert compared(timing, timing | {"peak_memory": 1200}) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "worse"),
+    [("seconds", 1.2), ("peak_bytes", 1.2), ("grown_mib", 1.2), ("speedup", 0.8), ("core_per_second", 0.8)],
+)
+def test_compare_reads_nested_figures_whose_names_say_what_is_better(compared, capsys, name, worse):
+    def figures(value: float) -> dict:
+        return {"2048": {"clip, chunked": {name: value, "rows": 10 * value}}, "device": "cpu", "runs": [{name: 1.0}]}
+
+    assert compared(figures(1.0), figures(worse)) == 1
+    assert capsys.readouterr().out.count("WORSE") == 1  # `rows` says nothing of better
+    assert compared(figures(1.0), figures(1 / worse)) == 0
+
+
+def test_compare_misses_a_figure_that_is_gone(compared, capsys):
+    assert compared({"seconds": 1.0, "bytes": 5}, {"seconds": 1.0}) == 1
+    assert "missing" in capsys.readouterr().out
+
+
+def test_compare_refuses_files_without_figures(compared):
+    assert compared({"seconds": {"student": 1.0}}, {}) == 2
 
 
 def test_keys_of_training_are_those_of_bench(config):

@@ -1,6 +1,6 @@
-"""A student with every head and a masked view under one engine, against the same student alone; run by test_heads.py.
+"""A student with every head and a masked view under an engine, against the same student alone; run by test_heads.py.
 
-heads_worker.py TEACHER ENGINE PRECISION        ENGINE: ddp | zero1 | zero2 | zero3; PRECISION: fp32 | bf16
+heads_worker.py TEACHER ENGINE-PRECISION ...        ENGINE: ddp | zero1 | zero2 | zero3; PRECISION: fp32 | bf16
 """
 
 import os
@@ -12,7 +12,7 @@ import torch
 from kd_accel import distributed
 from kd_accel.config import TrainConfig, teachers_of
 from kd_accel.engine import Engine
-from kd_accel.launch import start_accelerator
+from kd_accel.launch import end_accelerator, start_accelerator
 from kd_accel.models.student import Student
 from kd_accel.models.teacher import Teacher
 from kd_accel.optim import build_optimizer
@@ -69,8 +69,7 @@ def check_gradients(engine: Engine, alone: Student) -> None:
         torch.testing.assert_close(full(ours[name]).float(), expected, rtol=1e-3, atol=1e-4)
 
 
-def main() -> None:
-    teacher, name, precision = sys.argv[1:]
+def check(teacher: str, name: str, precision: str) -> None:
     stage = int(name.removeprefix("zero")) if name.startswith("zero") else 0
     os.environ["ACCELERATE_USE_DEEPSPEED"] = "true" if stage else "false"
     os.environ["ACCELERATE_DEEPSPEED_ZERO_STAGE"] = str(stage)
@@ -100,6 +99,14 @@ def main() -> None:
     with torch.no_grad():
         features, _ = engine.forward([batch()])
     torch.testing.assert_close(features["masked_image"], features["image"])
+    end_accelerator()
+
+
+def main() -> None:
+    teacher, *cases = sys.argv[1:]
+    for case in cases:
+        print(case, flush=True)
+        check(teacher, *case.split("-"))
     distributed.end_process(0)
 
 

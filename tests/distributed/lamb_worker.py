@@ -1,6 +1,6 @@
-"""Trains some LAMB steps under one engine and saves weights and moments for test_lamb.py; run under torchrun, or alone.
+"""Trains some LAMB steps under an engine and saves weights and moments for test_lamb.py; run under torchrun, or alone.
 
-lamb_worker.py OUT.safetensors ENGINE FIRST LAST [STATE.safetensors]
+lamb_worker.py FOLDER OUT,ENGINE,FIRST,LAST[,STATE] ...        files of FOLDER: OUT.safetensors, STATE.safetensors
 
 ENGINE: plain | ddp | fsdp2 | zero1 | zero2 | zero3 | zero3_offload
 
@@ -15,13 +15,14 @@ from pathlib import Path
 import tiny
 import torch
 from distributed.parity_worker import Fsdp2OnCpu
+from optimizer_state import optimizer_state
 from safetensors.torch import load_file, save_file
 
 from kd_accel import distributed
 from kd_accel.config import TrainConfig
 from kd_accel.engine import Engine
 from kd_accel.lamb import pieces_of
-from kd_accel.launch import start_accelerator
+from kd_accel.launch import end_accelerator, start_accelerator
 from kd_accel.masters import OptimizerState
 from kd_accel.models.student import Student
 from kd_accel.optim import build_optimizer
@@ -117,7 +118,7 @@ def train(engine: Engine, first: int, last: int) -> None:
         assert applied
 
 
-def load(engine: Engine, path: str) -> None:
+def load(engine: Engine, path: Path) -> None:
     saved: dict[str, dict] = {"weight": {}, "exp_avg": {}, "exp_avg_sq": {}}
     tensors = load_file(path)
     step = int(tensors.pop("step"))
@@ -128,21 +129,28 @@ def load(engine: Engine, path: str) -> None:
     engine.masters.load_optimizer_state(OptimizerState(step=step, moments=saved))
 
 
-def save(engine: Engine, path: str) -> None:
-    memory = engine.masters.optimizer_state()
+def save(engine: Engine, path: Path) -> None:
+    memory = optimizer_state(engine)
     named = {f"weight.{name}": value for name, value in engine.masters.weights().items()}
     named |= {f"{kind}.{name}": value for kind, moments in memory.moments.items() for name, value in moments.items()}
     if distributed.is_main():
         save_file({key: value.contiguous() for key, value in named.items()} | {"step": torch.tensor(memory.step)}, path)
 
 
-def main() -> None:
-    out, name, first, last, *state = sys.argv[1:]
-    engine = start(name, Path(out).parent)
-    for path in state:
-        load(engine, path)
+def run(folder: Path, out: str, name: str, first: str, last: str, *state: str) -> None:
+    engine = start(name, folder)
+    for before in state:
+        load(engine, folder / f"{before}.safetensors")
     train(engine, int(first), int(last))
-    save(engine, out)
+    save(engine, folder / f"{out}.safetensors")
+    end_accelerator()
+
+
+def main() -> None:
+    folder, *jobs = sys.argv[1:]
+    for job in jobs:
+        print(job, flush=True)
+        run(Path(folder), *job.split(","))
     distributed.end_process(0)
 
 

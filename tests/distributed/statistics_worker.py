@@ -1,6 +1,6 @@
-"""A ResNet student's running statistics under one engine, against sums by hand; run by test_statistics.py.
+"""A ResNet student's running statistics under an engine, against sums by hand; run by test_statistics.py.
 
-statistics_worker.py ENGINE PRECISION        ENGINE: ddp | zero1 | zero2 | zero3; PRECISION: fp32 | bf16
+statistics_worker.py ENGINE-PRECISION ...        ENGINE: ddp | zero1 | zero2 | zero3; PRECISION: fp32 | bf16
 """
 
 import os
@@ -8,11 +8,13 @@ import sys
 
 import tiny
 import torch
+from optimizer_state import optimizer_state
 from torch import Tensor, nn
 
 from kd_accel import distributed
 from kd_accel.config import TrainConfig
 from kd_accel.engine import Engine
+from kd_accel.held import WEIGHT, HostMemory, whole
 from kd_accel.launch import end_accelerator, start_accelerator
 from kd_accel.masters import OptimizerState
 from kd_accel.models.running_stats import running_statistics
@@ -128,18 +130,30 @@ def check_features(engine: Engine, weights: dict[str, Tensor], rounding: float) 
         assert apart < rounding, f"features are {apart:.3g} of their size apart"
 
 
-def main() -> None:
-    name, precision = sys.argv[1:]
+def check_held(engine: Engine, weights: dict[str, Tensor]) -> None:
+    """What ranks copy for a checkpoint is, put together, what they gather; the next copy takes the same place."""
+    memory = HostMemory()
+    place = engine.masters.held(memory).values.data_ptr()
+    held = engine.masters.held(memory)
+    assert held.values.data_ptr() == place
+    state = whole(held)
+    found = state.get(WEIGHT, {}) | held.untrained
+    assert found.keys() == weights.keys()
+    assert all(torch.equal(found[name], weight) for name, weight in weights.items())
+
+
+def check(name: str, precision: str) -> None:
     engine = start(name, precision)
     expected = moving_averages(engine.student)
     train(engine, range(3))
-    weights, memory = engine.masters.weights(), engine.masters.optimizer_state()
+    weights, memory = engine.masters.weights(), optimizer_state(engine)
     check_statistics(engine, expected, weights)
     # bf16 keeps 8 bits: some 40 operations err by 2^-9 each
     check_features(engine, weights, rounding=1e-4 if precision == "fp32" else 40 * 2**-9)
     check_skipped(engine)
     train(engine, range(3, 5))
-    whole = engine.masters.weights()
+    after = engine.masters.weights()
+    check_held(engine, after)
 
     weights, moments = distributed.from_main((weights, memory.moments))
     end_accelerator()
@@ -147,7 +161,14 @@ def main() -> None:
     resumed.masters.load_weights(weights)
     resumed.masters.load_optimizer_state(OptimizerState(step=3, moments=moments))
     train(resumed, range(3, 5))
-    torch.testing.assert_close(resumed.masters.weights(), whole, rtol=0, atol=0)
+    torch.testing.assert_close(resumed.masters.weights(), after, rtol=0, atol=0)
+    end_accelerator()
+
+
+def main() -> None:
+    for case in sys.argv[1:]:
+        print(case, flush=True)
+        check(*case.split("-"))
     distributed.end_process(0)
 
 

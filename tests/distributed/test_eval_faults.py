@@ -156,7 +156,7 @@ def test_a_lost_rank_ends_the_other(start, tmp_path, fault):
     ranks = start("num_workers=1", fault=fault)
     assert ranks.processes[0].wait(TIMEOUT) == 2, ranks.said()
     (line,) = errors_of(ranks)
-    assert line.startswith("error: rank 0: another process died, or did not answer for ")
+    assert line.startswith("error: rank 0: rank 1 died, or did not answer for ")
     assert "Traceback" not in ranks.said()[0]
 
 

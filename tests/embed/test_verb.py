@@ -12,6 +12,7 @@ import pytest
 import tiny
 import torch
 from embed_run import BROKEN, FP16, SIZES, embed_config, losses, seen, train_config
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -153,6 +154,20 @@ def test_a_live_run_goes_on_from_the_store(store, tmp_path, data, teacher):
     section = cached(store, path=str(teacher), temperature=0.02)
     train.run(train_config(tmp_path, data, teacher, name="resumed", optim=SIX_STEPS, teacher=section, resume="auto"))
     assert losses(tmp_path / "resumed") == pytest.approx(losses(tmp_path / "live"), rel=LOSS)
+
+
+def test_texts_of_a_table_with_pictures(make, tmp_path, teacher):
+    """A row is known by its picture's path, in training and in a store of nothing but texts."""
+    for i in range(8):
+        Image.new("RGB", (64, 56), (30 * i, 0, 0)).save(tmp_path / f"{i}.png")
+    (tmp_path / "pairs.csv").write_text("filepath,title\n" + "".join(f"{i}.png,number {i}\n" for i in range(8)))
+    section = {"table": str(tmp_path / "pairs.csv"), "global_batch_size": 4, "num_workers": 0}
+    store = make(data=section, towers=["text"], verify=0)
+    found = seen(
+        train_config(tmp_path, "", teacher, data=section, teacher={"path": str(teacher), "store": str(store)}), epochs=1
+    )
+    assert len(found) == 4
+    assert {features["text"].dtype for _, features in found} == {torch.float16}
 
 
 def hybrid(make, tmp_path, data, release) -> TrainConfig:

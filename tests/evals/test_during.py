@@ -22,6 +22,7 @@ from kd_accel.evals.tasks import TASKS
 from kd_accel.metrics import read_rows
 from kd_accel.schema import ConfigError, validate
 from kd_accel.train import run
+from kd_accel.train_eval_config import TrainEvalConfig
 
 RESNET = {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "head_width": 16}  # with BatchNorm
 
@@ -167,6 +168,16 @@ def test_a_student_of_one_tower_is_refused(train, tiny_teacher):
         train("run", evaluate={}, student=student, objective=objective)
 
 
+def test_a_watched_run_of_one_tower_beside_its_teacher(train, sets):
+    """Each checkpoint with the other tower of the run's teacher; the rows are the run's own."""
+    student = {"arch": {"embed_dim": 12, "vision_cfg": tiny.arch()["vision_cfg"]}}
+    folder = train("run", student=student, objective={"terms": {"l1": {"kind": "embedding_l1"}}})
+    config = EvalConfig(model=str(folder), text_from="run", data=str(sets), batch_size=4, num_workers=0, watch=True)
+    assert suite.run(config) == 0
+    steps = [(row["step"], row["key"]) for row in read_results(folder / RESULTS)]
+    assert steps == [(step, key) for step in (4, 6) for key in ("pairs", "things")]
+
+
 @pytest.fixture
 def _handlers():
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
@@ -227,6 +238,25 @@ def test_a_run_that_goes_on_from_before_an_evaluation_has_its_rows_once(train):
     assert logged[0] == logged[1]
     last = json.loads((checkpoint.newest(killed) / "state" / "progress.json").read_text())
     assert (last["step"], last["total_steps"]) == (6, 6)
+
+
+def test_steps_and_epochs_are_counted_side_by_side(sets, tmp_path):
+    """Of 12 steps in 4 epochs; the last one is not due as such."""
+
+    def due(**when):
+        config = TrainEvalConfig(data=str(sets), at_end=False, **when)
+        evaluation = during.TrainingEvaluation(config, tmp_path)
+        return [step for step in range(13) if evaluation.is_due(step, steps_per_epoch=3, total_steps=12)]
+
+    assert due(every_epochs=2) == [6, 12]
+    assert due(every_epochs=2, every_steps=4) == [4, 6, 8, 12]
+
+
+def test_rows_at_the_end_of_every_epoch(train):
+    folder = train("run", evaluate={"every_epochs": 1, "at_end": False}, optim={"lr": 1e-2, "epochs": 2})
+    whole = [row["step"] for row in curve(folder) if row["epoch"] in (1, 2)]
+    assert len(whole) == 2
+    assert [row["step"] for row in results(folder) if row["key"] == "things"] == whole
 
 
 def test_a_section_without_a_time_is_refused(train):

@@ -25,8 +25,9 @@ def cos_diff(targets: torch.Tensor, cosines: torch.Tensor) -> torch.Tensor:
 
 
 ENTROPIC = [distillation.soft_cross_entropy, distillation.kl_divergence]
+OF_SOFTMAXES = [*ENTROPIC, distillation.correlation_distance]
 DISTANCES = [distillation.squared_distance, distillation.logit_mse, cos_diff]
-FORMULAS = ENTROPIC + DISTANCES
+FORMULAS = OF_SOFTMAXES + DISTANCES
 
 
 def _logits(b: int = 4, columns: int = 6) -> torch.Tensor:
@@ -65,6 +66,26 @@ def test_cross_entropy_of_is_its_definition():
         slow.append(-sum(p * math.log(q) for p, q in zip(given, _softmax(row), strict=True)))
     actual = distillation.cross_entropy_of(probabilities, logits)
     torch.testing.assert_close(actual, torch.tensor(slow, dtype=torch.float64))
+
+
+def test_correlation_distance_is_its_definition():
+    """1 - Pearson's correlation of the two distributions; it sees no difference in scale alone."""
+    targets, logits = _logits(), _logits()
+    rows = zip(targets.softmax(dim=1), logits.softmax(dim=1), strict=True)
+    slow = torch.stack([1 - torch.corrcoef(torch.stack(pair))[0, 1] for pair in rows])
+    torch.testing.assert_close(distillation.correlation_distance(targets, logits), slow)
+    flatter = (0.5 * targets.softmax(dim=1) + 0.5 / targets.shape[1]).log()
+    torch.testing.assert_close(distillation.correlation_distance(targets, flatter), torch.zeros(4).double())
+
+
+def test_correlation_distance_of_extremes_is_finite():
+    """Of distributions on two different columns 2 (of two columns), of a flat one, which has no order, 1."""
+    targets = torch.tensor([[-1e4, 1e4], [1e4, -1e4]])
+    logits = torch.tensor([[1e4, -1e4], [0.0, 0.0]]).requires_grad_()
+    rows = distillation.correlation_distance(targets, logits)
+    rows.sum().backward()
+    torch.testing.assert_close(rows.detach(), torch.tensor([2.0, 1.0]))
+    assert torch.isfinite(logits.grad).all()
 
 
 def test_an_ensembles_loss_is_the_mean_of_its_members():
@@ -178,7 +199,7 @@ def test_large_logits_stay_finite(formula, size):
     torch.testing.assert_close(logits.grad, targets.sign().neg())
 
 
-@pytest.mark.parametrize("formula", ENTROPIC)
+@pytest.mark.parametrize("formula", OF_SOFTMAXES)
 def test_distributions_ignore_a_shift_of_the_row(formula):
     """A constant on all logits of a row changes nothing, the teacher's or the student's."""
     targets, logits = _logits(), _logits()
@@ -186,7 +207,7 @@ def test_distributions_ignore_a_shift_of_the_row(formula):
     torch.testing.assert_close(shifted, formula(targets, logits))
 
 
-@pytest.mark.parametrize("formula", [*ENTROPIC, *DISTANCES[:2]])
+@pytest.mark.parametrize("formula", [*OF_SOFTMAXES, *DISTANCES[:2]])
 def test_columns_may_be_permuted(formula):
     """The order of the columns carries no meaning."""
     targets, logits, order = _logits(), _logits(), torch.randperm(6)

@@ -133,6 +133,9 @@ def test_nothing_fits(kind, changes, reason, clip):
 
 
 def test_a_missing_tower(clip, arch):
-    student = TwoTowers(clip().visual, None)
-    said = inherit(student, clip(), where="student.init=teacher")
-    assert said[1] == "the text tower is missing in one of the two: it starts fresh"
+    """One that the student lacks is not spoken of; one that the teacher lacks starts fresh."""
+    alone = TwoTowers(clip().visual, None)
+    (said,) = inherit(alone, clip(), where="student.init=teacher")
+    assert said.startswith("the image tower starts from that of teacher: blocks 0, 1")
+    said = inherit(clip(), alone, where="student.init=teacher")
+    assert said[1] == "the text tower has no counterpart there: it starts fresh"

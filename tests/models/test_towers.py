@@ -90,6 +90,17 @@ def test_contract_travels_to_spawned_workers(arch):
     torch.testing.assert_close(copy.text.tokenize(["a cat"]), contract.text.tokenize(["a cat"]))
 
 
+def test_models_that_want_the_same_share_a_tokenizer(arch):
+    """Options with a list in them, as JSON has it, too."""
+    special = {"tokenizer_kwargs": {"additional_special_tokens": ["<a>"]}, "vocab_size": 49409}
+    plain, same, other, again = (
+        build(given)[1].text.tokenize for given in (arch(), arch("resnet"), arch(text=special), arch(text=special))
+    )
+    assert plain is same
+    assert other is again
+    assert (plain.vocab_size, other.vocab_size) == (49408, 49409)
+
+
 def test_tokenizer_name_tells_tokens_apart(arch):
     """Equal names mean equal tokens, so options of the tokenizer are part of its name."""
     plain = build(arch())[1].text.tokenizer

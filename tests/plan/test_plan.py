@@ -11,6 +11,7 @@ import torch
 import yaml
 from conftest import run_process
 from tiny import arch
+from torch.utils.flop_counter import FlopCounterMode
 
 from kd_accel.cli import main
 from kd_accel.plan.memory import BUCKET, STAGES
@@ -30,7 +31,7 @@ DISTILLED = {**TERMS, "kl": {"kind": "logit_kl"}, "feature": {"kind": "feature_m
 
 
 def training(tmp_path: Path, shards: Path, student: dict, *, terms: dict = TERMS, **sections) -> dict:
-    optim = {"lr": 1e-3, "steps": 2}
+    optim = {"lr": 1e-3, "steps": 3}
     data = {"shards": str(shards), "batch_size": 32, "num_workers": 0}
     given = {"name": "run", "output_dir": str(tmp_path / "runs"), "data": data, "student": student, "optim": optim}
     return given | {"objective": {"terms": terms}} | sections
@@ -41,7 +42,7 @@ def plan_of(values: dict, **keys):
 
 
 def measure(tmp_path: Path, values: dict, *launcher: str) -> dict:
-    """What two steps took, in a process of its own."""
+    """What its steps took, in a process of its own."""
     file = tmp_path / "config.yaml"
     file.write_text(yaml.safe_dump(values))
     out = run_process([*(launcher or [sys.executable]), str(WORKER), str(file)])
@@ -99,7 +100,7 @@ def test_a_checkpoint_is_as_large_as_the_plan_says(tmp_path, train_shards):
 @pytest.mark.parametrize(("name", "published"), [("ViT-B-32", 14.78), ("ViT-B-16", 41.09), ("RN50", 18.18)])
 def test_flops_are_those_that_open_clip_publishes(name, published, tmp_path):
     plan = plan_of(training(tmp_path, tmp_path, {"arch": name}), samples_per_epoch=1000)
-    assert plan.towers.student_forward / plan.rows / 1e9 == pytest.approx(published, rel=0.002)
+    assert plan.student.forward / plan.rows / 1e9 == pytest.approx(published, rel=0.002)
 
 
 def test_large_models_take_neither_memory_nor_network(tmp_path, monkeypatch):
@@ -120,6 +121,21 @@ def _resident() -> int:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_what_grad_checkpointing_would_change_is_what_it_changes(checkpointing, tmp_path, train_shards):
+    student, _ = CASES["ViT, fp32"]
+    mine, other = (
+        plan_of(training(tmp_path, train_shards, student | {"grad_checkpointing": on}), devices="2xH100")
+        for on in (checkpointing, not checkpointing)
+    )
+    assert (mine.otherwise.memory, mine.otherwise.flops_per_sample) == (other.memory, other.flops_per_sample)
+    assert (mine.memory[2].activations < other.memory[2].activations) == checkpointing
+
+
+def test_a_student_that_cannot_checkpoint_has_no_otherwise(tmp_path):
+    assert plan_of(training(tmp_path, tmp_path, {"arch": "RN50"}), samples_per_epoch=1000).otherwise is None
 
 
 def test_zero_shares_out_what_it_says(tmp_path, train_shards):
@@ -166,12 +182,40 @@ def test_without_data_it_asks_for_the_samples(tmp_path, capsys):
     assert said["samples"] == 2 * (1000 // 64) * 64  # whole steps of 2 x 32
     at_peak = said["flops_per_sample"] * said["samples"] / (2 * 989e12) / 3600
     assert said["hours"]["H100"] == pytest.approx(at_peak / 0.3)
+    assert said["hours"].keys() == {"A100", "H100", "H200", "L40S", "CPU"}
 
 
 @pytest.mark.parametrize("devices", ["H100", "0xH100", "8xT4", "8 H100"])
 def test_unknown_devices_are_refused(devices, tmp_path):
     with pytest.raises(ConfigError, match="devices"):
         load(PlanConfig, [], [f"devices={devices}", "name=a", "student.arch=ViT-B-32", "optim.lr=1", "optim.steps=1"])
+
+
+def test_what_training_would_refuse_is_refused(tmp_path, tiny_teacher):
+    """Widths that differ, without a projector."""
+    student = {"arch": {"embed_dim": 64, "vision_cfg": VIT, "text_cfg": TEXT}}
+    values = training(tmp_path, tmp_path / "absent", student, terms=DISTILLED, teacher={"path": str(tiny_teacher)})
+    with pytest.raises(ConfigError, match=r"student\.projector"):
+        plan_of(values)
+
+
+@pytest.mark.parametrize("passes", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_watch_counts_the_flops_that_torch_counts(passes):
+    model = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 8, 3, stride=2, padding=1),
+        torch.nn.Flatten(2),
+        torch.nn.TransformerEncoderLayer(16, 2, 32, batch_first=True),
+    )
+    pixels = torch.zeros(2, 3, 8, 8)
+    with Watch() as watch, passes():
+        said = model(pixels)
+        if said.requires_grad:
+            said.sum().backward()
+    with FlopCounterMode(display=False) as expected, passes():
+        said = model(pixels)
+        if said.requires_grad:
+            said.sum().backward()
+    assert watch.flops == expected.get_total_flops() > 0
 
 
 def test_watch_counts_what_is_there():
