@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from bench_objective import _status
+from output import Peak, add_device, add_output, held, write
 
 from kd_accel import assembly
 from kd_accel.config import TrainConfig
@@ -150,18 +150,10 @@ def peak(options: argparse.Namespace, teacher: str) -> dict[str, int]:
     run = Run(options, teacher)
     run.steps(Shape(steps=1, losses=1, micro_batches=1, rows=2))  # so that the moments are there
     state = held(options.device)
-    if options.device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak is the present use again
+    most = Peak(options.device)
     run.steps(shapes(options)[options.case])
-    most = torch.cuda.max_memory_allocated() if options.device == "cuda" else _status("VmHWM")
     gradients = sum(4 * parameter.numel() for parameter in run.engine.student.parameters())
-    return {"all": most - bare, "step": most - state, "gradients": gradients}
-
-
-def held(device: str) -> int:
-    return torch.cuda.memory_allocated() if device == "cuda" else _status("VmRSS")
+    return {"peak_bytes": most.above(bare), "step_peak_bytes": most.above(state), "gradients": gradients}
 
 
 def child(teacher: str, *words: str) -> dict:
@@ -183,7 +175,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16, help="samples of a micro-batch")
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    add_device(parser)
+    add_output(parser)
     parser.add_argument("--teacher", help="a release, in place of a random one")
     parser.add_argument("--case", help="its memory only, or the times of all for `times`; prints json")
     options = parser.parse_args()
@@ -194,19 +187,24 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         teacher = options.teacher or make_teacher(Path(folder) / "teacher")
         seconds = child(teacher, "--case", "times")
-        memory = {case: child(teacher, "--case", case) for case in shapes(options)}
-    gradients = memory[EXACT]["gradients"] / 2**20
+        figures = {case: child(teacher, "--case", case) | {"seconds": seconds[case]} for case in shapes(options)}
+    report(figures, options)
+    write(options.output, figures)
+
+
+def report(figures: dict[str, dict], options: argparse.Namespace) -> None:
+    gradients = figures[EXACT]["gradients"] / 2**20
     print(f"k = {options.micro_batches}, b = {options.batch}, {options.precision}, {options.device};", end=" ")
     print(f"the student's gradients are {gradients:.0f} MiB")
     print(f"{'case':20} {'seconds':>8} {'all MiB':>9} {'step MiB':>9}")
-    for case, bytes_held in memory.items():
-        print(f"{case:20} {seconds[case]:>8.2f} {bytes_held['all'] / 2**20:>9.0f} {bytes_held['step'] / 2**20:>9.0f}")
+    for case, row in figures.items():
+        mib = [row[key] / 2**20 for key in ("peak_bytes", "step_peak_bytes")]
+        print(f"{case:20} {row['seconds']:>8.2f} {mib[0]:>9.0f} {mib[1]:>9.0f}")
     for case in (ORDINARY, SEPARATE, WHOLE):
-        time_ratio = seconds[EXACT] / seconds[case]
-        ratios = [memory[EXACT][key] / memory[case][key] for key in ("all", "step")]
+        keys = ("seconds", "peak_bytes", "step_peak_bytes")
+        time_ratio, *ratios = (figures[EXACT][key] / figures[case][key] for key in keys)
         print(f"{EXACT} / {case}: {time_ratio:.2f} of the time, {ratios[0]:.2f} ({ratios[1]:.2f}) of the memory")
     print(f"targets: {TIME} of the time, {MEMORY} of the memory of {SEPARATE}")
-    print(json.dumps({"seconds": seconds, "bytes": memory}))
 
 
 if __name__ == "__main__":

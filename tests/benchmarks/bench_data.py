@@ -1,7 +1,7 @@
 """Input pipelines side by side: our loader and open_clip's, on the same shards, with the same crops and tokenizer.
 
     python tests/benchmarks/bench_data.py                                   # generated photographs; a minute
-    python tests/benchmarks/bench_data.py --pairs /data/pairs/train --out data.json
+    python tests/benchmarks/bench_data.py --pairs /data/pairs/train --output data.json
 
 One epoch with one worker of one thread. `500 x 375` and `667 x 500` are JPEGs with the spectrum of photographs;
 `--pairs` is a folder of small image-caption tars. open_clip's side is its trainer's own webdataset pipeline, its
@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import json
 import logging
 import os
 import tarfile
@@ -33,6 +32,7 @@ import psutil
 import torch
 from open_clip import SimpleTokenizer, image_transform
 from open_clip_train import data as open_clip_data
+from output import add_output, write
 from PIL import Image
 from tqdm import tqdm
 
@@ -45,6 +45,7 @@ from kd_accel.types import ImageInput, InputContract, TextInput
 
 BATCH, CONTEXT, SHARDS, PICTURES, SKIPPED = 64, 77, 4, 100, 3
 SCALE = (0.9, 1.0)
+CLOCKS = ("core", "worker", "wall")
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 CASES = {"pairs": (64, 224), "500 x 375": (224,), "667 x 500": (224,)}  # data -> sizes of the view
 WORDS = "a photograph of two small dogs on the red sofa beside an open window in spring".split()
@@ -131,7 +132,7 @@ def measure(batches: Iterator[None]) -> dict[str, float]:
         marks.append((sum(main.cpu_times()[:2]) + worker, worker, time.perf_counter()))
     first, last = marks[SKIPPED], marks[-1 - SKIPPED]
     rows = BATCH * (len(marks) - 1 - 2 * SKIPPED)
-    return {key: rows / (b - a) for key, a, b in zip(("core", "worker", "wall"), first, last, strict=True)}
+    return {key: rows / (b - a) for key, a, b in zip(CLOCKS, first, last, strict=True)}
 
 
 def main() -> None:
@@ -139,13 +140,13 @@ def main() -> None:
     parser.add_argument("--pairs", type=Path, help="folder of tars with KEY.jpg and KEY.txt")
     parser.add_argument("--samples", type=int, default=4096, help="of pairs; a quarter of it is generated")
     parser.add_argument("--repeats", type=int, default=2)
-    parser.add_argument("--out", type=Path, help="where the numbers go as json")
+    add_output(parser)
     options = parser.parse_args()
     torch.set_num_threads(1)
     logging.disable(logging.INFO)
     # webdataset 1.0 ends a tar with an empty sample, which open_clip 3.3 does not expect
     open_clip_data.tar_file_expander = partial(open_clip_data.tar_file_expander, eof_value=None)
-    rows = []
+    found = {}
     for name, sizes in CASES.items():
         if name == "pairs" and options.pairs is None:
             continue
@@ -154,18 +155,20 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             shards = pack(islice(pairs, samples), Path(folder))
             for size in sizes:
+                found[f"{name} {size} px"] = sides = {}
                 for side, batches in (("kd_accel", our_batches), ("open_clip", their_batches)):
                     runs = [measure(batches(shards, size, samples)) for _ in range(options.repeats)]
-                    best = {key: max(run[key] for run in runs) for key in runs[0]}
-                    rows.append({"data": name, "view": size, "side": side, **best})
-    print(f"{'':22}" + "".join(f"{name:>20}" for name in ("core", "worker", "wall")))
-    for ours, theirs in zip(rows[::2], rows[1::2], strict=True):
-        for row in (ours, theirs):
-            label = f"{row['data']} {row['view']} px, {row['side']}"
-            print(f"{label:32}" + "".join(f"{row[key]:>12,.0f}" for key in ("core", "worker", "wall")))
-        print(f"{'  ratio':32}" + "".join(f"{ours[key] / theirs[key]:>12.2f}" for key in ("core", "worker", "wall")))
-    if options.out:
-        options.out.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+                    sides[side] = {f"{key}_per_second": max(run[key] for run in runs) for key in CLOCKS}
+                ours, theirs = sides.values()
+                sides["ratio"] = {
+                    f"{key}_ratio": ours[f"{key}_per_second"] / theirs[f"{key}_per_second"] for key in CLOCKS
+                }
+    print(f"{'':32}" + "".join(f"{name:>12}" for name in CLOCKS))
+    for case, sides in found.items():
+        for side, figures in sides.items():
+            digits = 2 if side == "ratio" else 0
+            print(f"{f'{case}, {side}':32}" + "".join(f"{figure:>12,.{digits}f}" for figure in figures.values()))
+    write(options.output, found)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -24,6 +23,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
+from output import add_output, peak_bytes, write
 
 MODES = ("replicated", "sharded")
 BATCHES = (1024, 8192)  # rows of all ranks
@@ -49,7 +49,7 @@ def measure(mode: str, options: argparse.Namespace, folder: Path) -> None:
     terms = {"gcl": {"kind": "global_contrastive"}}
     objective = Objective(validate(ObjectiveConfig, {"terms": terms, "memory": mode}), num_ids=options.ids)
     memory = objective.recall["gcl"].memory
-    row = {"mode": mode, "bytes_per_rank": objective.memory_bytes()}
+    row = {"rank_bytes": objective.memory_bytes()}
     for batch in BATCHES:
         seeded = torch.Generator().manual_seed(0)
         reads, writes = [], []
@@ -59,20 +59,19 @@ def measure(mode: str, options: argparse.Namespace, folder: Path) -> None:
             values = {name: torch.randn(batch, generator=seeded) for name in memory.columns}
             reads.append(seconds(lambda: memory.read(own)))  # noqa: B023  called at once
             writes.append(seconds(lambda: memory.write(ids, values)))  # noqa: B023
-        row |= {f"read_ms_{batch}": 1e3 * median(reads), f"write_ms_{batch}": 1e3 * median(writes)}
+        row |= {f"read_{batch}_seconds": median(reads), f"write_{batch}_seconds": median(writes)}
     taken = []
-    row["copy_s"] = seconds(lambda: taken.append(memory_snapshot(objective)))
+    row["copy_seconds"] = seconds(lambda: taken.append(memory_snapshot(objective)))
     snapshot = Snapshot(0, taken.pop(), {}, {})
-    row["save_s"] = seconds(lambda: write(snapshot, folder))
+    row["save_seconds"] = seconds(lambda: write(snapshot, folder))
     some = {name: column[ids.remainder(len(column))] for name, column in objective.by_id().items()}
     for column in objective.by_id().values():
         column.zero_()
-    row["load_s"] = seconds(lambda: load_memory(folder, objective))
+    row["load_seconds"] = seconds(lambda: load_memory(folder, objective))
     for name, column in objective.by_id().items():
         assert torch.equal(column[ids.remainder(len(column))], some[name]), name
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    row["peak_bytes_per_rank"] = max(distributed.gather_objects(peak))
-    row["bytes_on_disk"] = sum(path.stat().st_size for path in folder.rglob("memory_*"))
+    row["peak_bytes"] = max(distributed.gather_objects(peak_bytes()))
+    row["disk_bytes"] = sum(path.stat().st_size for path in folder.rglob("memory_*"))
     if distributed.is_main():
         print(json.dumps(row), flush=True)
     distributed.end_process(0)
@@ -93,21 +92,24 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--folder", type=Path, help="where the files go; default: the system's temporary folder")
+    add_output(parser)
     parser.add_argument("--mode", choices=MODES, help="only this one, as a rank of torchrun; prints json")
     options = parser.parse_args()
     if options.mode:
         measure(options.mode, options, options.folder)
         return
-    rows = [_launch(mode, options) for mode in MODES]
+    rows = {mode: _launch(mode, options) for mode in MODES}
     print(f"{options.ids:,} ids, log u of two towers, {options.ranks} processes on CPU")
-    columns = {"MB/rank": ("bytes_per_rank", 1e6), "peak MB": ("peak_bytes_per_rank", 1e6)}
-    columns |= {f"{what} {batch} ms": (f"{what}_ms_{batch}", 1) for batch in BATCHES for what in ("read", "write")}
-    columns |= {f"{what} s": (f"{what}_s", 1) for what in ("copy", "save", "load")}
-    columns |= {"disk MB": ("bytes_on_disk", 1e6)}
+    columns = {"MB/rank": ("rank_bytes", 1e6), "peak MB": ("peak_bytes", 1e6)}
+    columns |= {
+        f"{what} {batch} ms": (f"{what}_{batch}_seconds", 1e-3) for batch in BATCHES for what in ("read", "write")
+    }
+    columns |= {f"{what} s": (f"{what}_seconds", 1) for what in ("copy", "save", "load")}
+    columns |= {"disk MB": ("disk_bytes", 1e6)}
     print(f"{'':12}" + "".join(f"{name:>15}" for name in columns))
-    for row in rows:
-        print(f"{row['mode']:12}" + "".join(f"{row[key] / unit:>15.1f}" for key, unit in columns.values()))
-    print(json.dumps(rows))
+    for mode, row in rows.items():
+        print(f"{mode:12}" + "".join(f"{row[key] / unit:>15.1f}" for key, unit in columns.values()))
+    write(options.output, rows)
 
 
 if __name__ == "__main__":

@@ -11,13 +11,14 @@ and the ten best of its rows and columns, up to 10,000 pairs. `core` is the proc
 from __future__ import annotations
 
 import argparse
-import resource
+import json
 import subprocess
 import sys
 import time
 
 import torch
 import torch.nn.functional as F
+from output import add_output, peak_bytes, write
 from torch import Tensor
 
 from kd_accel import distributed
@@ -26,11 +27,6 @@ from kd_accel.evals.zero_shot import classify
 
 WIDTH = 512
 LARGEST_MATRIX = 10_000
-
-
-def peak() -> float:
-    """MiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def matrix(images: Tensor, texts: Tensor, owner: Tensor) -> float:
@@ -53,34 +49,45 @@ CASES = {"matrix": matrix, "retrieval": retrieval, "classes": classes}
 
 
 def one(case: str, pairs: int) -> None:
-    """One case in this process, or in the processes of a launcher."""
+    """One case in this process, or in the processes of a launcher; prints json."""
     distributed.start_process_group(3600)
     torch.set_num_threads(1)
     torch.manual_seed(0)
     images = torch.randn(pairs, WIDTH)
     texts = F.normalize(images + 5 * torch.randn(pairs, WIDTH), dim=1)
     images, owner = F.normalize(images, dim=1), torch.arange(pairs)
-    before, began, core = peak(), time.perf_counter(), time.process_time()
+    before, began, core = peak_bytes(), time.perf_counter(), time.process_time()
     top1 = CASES[case](images, texts, owner)
-    seconds, core = time.perf_counter() - began, time.process_time() - core
+    row = {"ranks": distributed.world_size(), "seconds": time.perf_counter() - began}
+    row |= {"core_seconds": time.process_time() - core, "peak_bytes": peak_bytes() - before, "top1": top1}
     if distributed.is_main():
-        ranks, grown = distributed.world_size(), peak() - before
-        print(f"{case:10}{pairs:>9,}{ranks:>7}{seconds:>9.1f}{core:>9.1f}{grown:>10,.0f}{100 * top1:>8.2f}", flush=True)
+        print(json.dumps(row), flush=True)
     distributed.end_process(0)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pairs", type=int, nargs="*", default=[10_000, 30_000])
-    parser.add_argument("--one", choices=CASES, help="one case in this process, or in the launcher's")
+    parser.add_argument("--one", choices=CASES, help="one case in this process, or in the launcher's; prints json")
+    add_output(parser)
     options = parser.parse_args()
     if options.one:
         one(options.one, options.pairs[0])
         return
     print(f"{'':10}{'n':>9}{'ranks':>7}{'seconds':>9}{'core':>9}{'peak MiB':>10}{'top-1 %':>8}", flush=True)
+    found = {}
     for pairs in options.pairs:
+        found[str(pairs)] = rows = {}
         for case in list(CASES)[pairs > LARGEST_MATRIX :]:
-            subprocess.run([sys.executable, __file__, str(pairs), "--one", case], check=True)
+            words = [sys.executable, __file__, str(pairs), "--one", case]
+            rows[case] = row = json.loads(subprocess.run(words, check=True, stdout=subprocess.PIPE).stdout)
+            print(_line(case, pairs, row), flush=True)
+    write(options.output, found)
+
+
+def _line(case: str, pairs: int, row: dict) -> str:
+    figures = f"{row['seconds']:>9.1f}{row['core_seconds']:>9.1f}{row['peak_bytes'] / 2**20:>10,.0f}"
+    return f"{case:10}{pairs:>9,}{row['ranks']:>7}{figures}{100 * row['top1']:>8.2f}"
 
 
 if __name__ == "__main__":

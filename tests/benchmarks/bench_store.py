@@ -21,6 +21,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import tiny
+from output import add_output, write
 
 from kd_accel import assembly
 from kd_accel.config import TrainConfig
@@ -103,6 +104,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3, help="of a round")
     parser.add_argument("--repeats", type=int, default=11, help="rounds")
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
+    add_output(parser)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         wanted = configs(options, Path(name))
@@ -114,10 +116,13 @@ def main() -> None:
             for case, run in runs.items():
                 seconds = run.seconds(options.steps)
                 rounds[case] += [seconds] if number else []  # the first round warms up
-    for case, seconds in rounds.items():
-        ratios = [a / b for a, b in zip(seconds, rounds["no teacher"], strict=True)]
-        print(f"{case:10} {1000 * median(seconds):8.1f} ms per step of {options.batch}; {median(ratios):.3f} of none")
-    ratio = median(a / b for a, b in zip(rounds["cached"], rounds["no teacher"], strict=True))
+    steps = {
+        case: median(a / b for a, b in zip(taken, rounds["no teacher"], strict=True)) for case, taken in rounds.items()
+    }
+    for case, taken in rounds.items():
+        print(f"{case:10} {1000 * median(taken):8.1f} ms per step of {options.batch}; {steps[case]:.3f} of none")
+    ratio = steps["cached"]
+    write(options.output, {case: {"seconds": median(taken), "steps": steps[case]} for case, taken in rounds.items()})
     print(f"a cached step is {'within' if ratio <= ALLOWED else 'ABOVE'} {ALLOWED} of one without a teacher")
 
 

@@ -4,13 +4,11 @@
     python tests/benchmarks/bench_trim.py --shards SHARDS --width 512 --layers 12 --device cuda
 
 Captions in the order of the shards' samples, shuffled, in batches of `--batch`; CLIP's BPE; times are medians over
-`--batches` batches, whole context and cut in turn. Prints the table and one json line.
-"""
+`--batches` batches, whole context and cut in turn."""
 
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import tarfile
 import time
@@ -19,6 +17,7 @@ from statistics import mean, median
 
 import torch
 from open_clip import SimpleTokenizer
+from output import add_device, add_output, write
 
 from kd_accel.models.text import encode_text, text_pad
 from kd_accel.models.towers import construct
@@ -60,9 +59,9 @@ def measure(captions: list[str], context: int, options: argparse.Namespace) -> d
             seconds(model, full.to(options.device))  # warm-up
         times["full"].append(seconds(model, full.to(options.device)))
         times["cut"].append(seconds(model, cut.to(options.device)))
-    row = {"context": context, "mean_length": mean(lengths), "longest": max(lengths)}
-    row |= {f"{name}_ms": 1e3 * median(taken) for name, taken in times.items()}
-    return row | {"tokens_ratio": mean(lengths) / context, "time_ratio": row["cut_ms"] / row["full_ms"]}
+    row = {"mean_length": mean(lengths), "longest": max(lengths)}
+    row |= {f"{name}_seconds": median(taken) for name, taken in times.items()}
+    return row | {"tokens": mean(lengths) / context, "speedup": row["full_seconds"] / row["cut_seconds"]}
 
 
 def main() -> None:
@@ -73,20 +72,21 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=8)
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--device", default="cpu")
+    add_device(parser)
+    add_output(parser)
     options = parser.parse_args()
     captions = read_captions(options.shards)
     random.Random(0).shuffle(captions)
     torch.manual_seed(0)
-    rows = [measure(captions, context, options) for context in CONTEXTS]
+    rows = {str(context): measure(captions, context, options) for context in CONTEXTS}
     print(f"{len(captions):,} captions, batches of {options.batch}, width {options.width}, {options.layers} layers")
     print(f"{'context':>8}{'mean T':>8}{'longest':>9}{'full ms':>10}{'cut ms':>10}{'tokens':>9}{'time':>8}")
-    for row in rows:
+    for context, row in rows.items():
         print(
-            f"{row['context']:>8}{row['mean_length']:>8.1f}{row['longest']:>9}{row['full_ms']:>10.1f}"
-            f"{row['cut_ms']:>10.1f}{row['tokens_ratio']:>9.0%}{row['time_ratio']:>8.0%}"
+            f"{context:>8}{row['mean_length']:>8.1f}{row['longest']:>9}{1e3 * row['full_seconds']:>10.1f}"
+            f"{1e3 * row['cut_seconds']:>10.1f}{row['tokens']:>9.0%}{1 / row['speedup']:>8.0%}"
         )
-    print(json.dumps(rows))
+    write(options.output, rows)
 
 
 if __name__ == "__main__":

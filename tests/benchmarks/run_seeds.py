@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from output import add_output, write
 
 from kd_accel.config import TeacherConfig
 from kd_accel.data.index import expand_shards
@@ -133,6 +134,7 @@ def main() -> None:
     parser.add_argument("--teacher", required=True, help="a run of configs/small_teacher.yaml")
     parser.add_argument("--out", type=Path, default=Path("runs/seeds"), help="folder of the runs")
     parser.add_argument("--only", default="", help="the lines whose names begin so")
+    add_output(parser)
     options = parser.parse_args()
     rows = [("teacher", "", "", "", "", *recall_at_10(Path(options.teacher), options.teacher, options.val))]
     wanted = cases(options.pairs, options.teacher, options.out)
@@ -155,6 +157,8 @@ def main() -> None:
         "\n| | config | loss, first steps | last | seconds | i2t R@10 % | t2i R@10 % |\n|---|---|---|---|---|---|---|"
     )
     print("\n".join(map(_line, rows)))
+    columns = ("config", "first_loss", "last_loss", "seconds", "i2t_recall", "t2i_recall")
+    write(options.output, {name: dict(zip(columns, cells, strict=True)) for name, *cells in rows})
 
 
 def _line(row: tuple) -> str:

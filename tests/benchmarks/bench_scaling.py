@@ -1,0 +1,133 @@
+"""Weak scaling from one process to two, and whether two learn what one does.
+
+    python tests/benchmarks/bench_scaling.py --output scaling.json             # ../shared/data/pairs/train; minutes
+    python tests/benchmarks/bench_scaling.py --shards SHARDS --batch 128 --repeats 5
+
+`kd-accel bench` of a small ViT student beside its teacher: one process with b rows against two processes with b rows
+each, one thread per process, in turn, the best of `--repeats`. Efficiency is samples/s of two over twice those of one;
+it needs a second core that nobody else uses, so the machine's load is printed beside it. Then ten steps on the same
+samples in fp32, once with 2 b rows in one process and once with b in each of two: the losses, side by side.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import yaml
+from output import add_output, write
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import tiny
+
+from kd_accel.data.index import build_index, expand_shards
+from kd_accel.metrics import read_rows
+
+ROOT = Path(__file__).resolve().parents[2]
+GOAL = 0.9
+TEXT = {"context_length": 32, "vocab_size": 49408}
+TEACHER = {
+    "embed_dim": 128,
+    "vision_cfg": {"image_size": 64, "patch_size": 8, "width": 256, "layers": 6, "head_width": 64},
+    "text_cfg": {**TEXT, "width": 192, "heads": 3, "layers": 4},
+}
+STUDENT = {
+    "embed_dim": 128,
+    "vision_cfg": {"image_size": 64, "patch_size": 16, "width": 192, "layers": 6, "head_width": 64},
+    "text_cfg": {**TEXT, "width": 128, "heads": 2, "layers": 4},
+}
+ENGINES = {"DDP": "ddp", "ZeRO-2": "zero2"}
+
+
+def write_config(folder: Path, options: argparse.Namespace) -> Path:
+    shards = folder / "shards"
+    shards.mkdir()
+    for tar in sorted(options.shards.glob("*.tar")):
+        (shards / tar.name).symlink_to(tar.resolve())
+    build_index(expand_shards(str(shards)))
+    config = {
+        "name": "run",
+        "output_dir": str(folder / "runs"),
+        "precision": "fp32",
+        "data": {"shards": str(shards), "batch_size": options.batch, "num_workers": 0},
+        "student": {"arch": STUDENT},
+        "teacher": {"path": str(tiny.write_teacher(folder / "teacher", TEACHER))},
+        "objective": {"terms": {"clip": {"kind": "clip"}, "kl": {"kind": "logit_kl"}}},
+        "optim": {"lr": 5e-4, "steps": options.steps},
+        "log": {"every_steps": 1},
+    }
+    file = folder / "config.yaml"
+    file.write_text(yaml.safe_dump(config))
+    return file
+
+
+def ran(launcher: str | None, *words: str | Path) -> None:
+    """One verb, in one process or by a launch file in two; ends this program where it fails."""
+    launch = (
+        [] if launcher is None else ["-m", "accelerate.commands.launch", "--config_file", f"launch/{launcher}.yaml"]
+    )
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    command = [sys.executable, *launch, "-m", "kd_accel", *map(str, words)]
+    done = subprocess.run(command, cwd=ROOT, env=env, check=False, text=True, capture_output=True)
+    if done.returncode:
+        sys.exit(done.stdout + done.stderr)
+
+
+def speed(launcher: str | None, config: Path, given: str, options: argparse.Namespace) -> float:
+    """Samples per second of all processes."""
+    out = config.with_name("bench.json")
+    ran(launcher, "bench", config, f"input={given}", f"measured={options.measured}", f"output={out}")
+    return json.loads(out.read_text())["samples_per_second"]
+
+
+def losses(launcher: str | None, config: Path, rows: int) -> list[float]:
+    """Of the first steps of a training with `rows` per process."""
+    ran(launcher, "train", config, f"data.batch_size={rows}")
+    found = [row["loss"] for row in read_rows(config.parent / "runs/run/metrics.jsonl")]
+    subprocess.run(["rm", "-r", str(config.parent / "runs")], check=True)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    beside = Path(__file__).resolve().parents[3] / "shared" / "data" / "pairs" / "train"
+    parser.add_argument("--shards", type=Path, default=beside, help="webdataset tars with .jpg and .txt")
+    parser.add_argument("--batch", type=int, default=64, help="of a process")
+    parser.add_argument("--measured", type=int, default=10, help="steps of a bench")
+    parser.add_argument("--steps", type=int, default=10, help="of which losses are compared")
+    parser.add_argument("--repeats", type=int, default=3)
+    add_output(parser)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        config = write_config(Path(folder), options)
+        alone = losses(None, config, 2 * options.batch)
+        found: dict = {"losses": {"one process": alone}}
+        for engine, launcher in ENGINES.items():
+            found["losses"][engine] = both = losses(launcher, config, options.batch)
+            apart = max(abs(a - b) / abs(a) for a, b in zip(alone, both, strict=True))
+            print(f"{engine}: losses of {len(alone)} steps differ from one process by {apart:.1e} at most", flush=True)
+        for given in ("synthetic", "data"):
+            speeds = {name: [] for name in ("one process", *ENGINES)}
+            for _ in range(options.repeats):
+                for name in speeds:
+                    speeds[name].append(speed(ENGINES.get(name), config, given, options))
+            best = {name: max(taken) for name, taken in speeds.items()}
+            for name in ENGINES:
+                share = best[name] / (2 * best["one process"])
+                found[f"{name}, input={given}"] = {"samples_per_second": best[name], "speedup": 2 * share}
+                print(
+                    f"input={given}, {name}: {best['one process']:.1f} -> {best[name]:.1f} samples/s,"
+                    f" {share:.2f} of twice (goal {GOAL}; load {os.getloadavg()[0]:.1f})",
+                    flush=True,
+                )
+    write(options.output, found)
+
+
+if __name__ == "__main__":
+    main()
