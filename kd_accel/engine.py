@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from kd_accel import distributed
 from kd_accel.config import TrainConfig, teachers_of
 from kd_accel.lamb import pieces_of
+from kd_accel.launch import fit_bucket
 from kd_accel.masters import Masters, frozen_weights
 from kd_accel.models.compiled import check_compiler, compile_blocks
 from kd_accel.models.pair import Pair
@@ -73,6 +74,8 @@ class Engine:
         # DeepSpeed makes its fp32 masters from the weights after their rounding to bf16: keep the exact ones for them.
         rounds = self.zero_stage and config.precision == "bf16"
         exact = {name: p.detach().clone() for name, p in student.named_parameters()} if rounds else {}
+        if self.zero_stage:
+            fit_bucket(accelerator, sum(p.numel() for p in student.parameters() if p.requires_grad))
         self.module, self.optimizer = accelerator.prepare(pair, optimizer)
         self._check_engine()
         if self.zero_stage and config.optim.optimizer == "lamb":

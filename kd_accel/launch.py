@@ -16,6 +16,8 @@ import torch
 from kd_accel import distributed
 from kd_accel.schema import ConfigError
 
+BUCKET = 500_000_000  # elements: DeepSpeed's own reduce_bucket_size
+
 
 def start_accelerator(
     *, precision: str, batch_size: int, grad_clip_norm: float, timeout_s: float = 1800, accumulate: int = 1
@@ -54,6 +56,16 @@ def start_accelerator(
         unset_hf_deepspeed_config()  # or transformers would partition any model built from here on, with wrong weights
     _check_launch(accelerator)
     return accelerator
+
+
+def fit_bucket(accelerator, trained: int) -> None:
+    """Before the engine is prepared: DeepSpeed allocates its bucket whole, so it need not be larger than the student.
+
+    `trained` weights; a smaller bucket of the launch file stays.
+    """
+    zero = accelerator.deepspeed_plugin.deepspeed_config["zero_optimization"]
+    given = zero.get("reduce_bucket_size", "auto")
+    zero["reduce_bucket_size"] = min(trained, BUCKET if given == "auto" else int(given))
 
 
 def end_accelerator() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 
 import pytest
 import tiny
@@ -89,6 +90,25 @@ def test_masters_start_from_the_exact_weights(launched, tiny_teacher, stage, pre
     after = engine.masters.weights()
     for name, weight in before.items():
         assert torch.equal(after[name], weight), name
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_deepspeeds_bucket_is_no_larger_than_the_student(launched, tiny_teacher, stage):
+    """DeepSpeed allocates it whole: two gigabytes of its own default, whatever the model's size."""
+    launched(stage)
+    engine, weights = start(config_of(tiny_teacher, "fp32"))
+    step(engine, 0)
+    assert engine.module.optimizer.reduce_bucket_size == sum(weight.numel() for weight in weights.values())
+
+
+def test_a_smaller_bucket_of_the_launch_file_stays(launched, tiny_teacher, tmp_path, monkeypatch):
+    launched(2)
+    file = tmp_path / "deepspeed.json"
+    file.write_text(json.dumps({"zero_optimization": {"stage": 2, "reduce_bucket_size": 1000}}))
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(file))
+    engine, _ = start(config_of(tiny_teacher, "fp32"))
+    step(engine, 0)
+    assert engine.module.optimizer.reduce_bucket_size == 1000
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from kd_accel.launch import BUCKET
+
 STAGES = (0, 1, 2, 3)
-BUCKET = 500_000_000  # elements: DeepSpeed's reduce_bucket_size, allocated whole whatever the model's size
 MAX_LIVE = 1_000_000_000  # elements: its max_live_parameters and max_reuse_distance of ZeRO-3
 FP32 = 4
 
@@ -60,7 +61,7 @@ def memory(stage: int, weights: Weights, peaks: Peaks, *, world_size: int, bf16:
         buckets = gradients if world_size > 1 else 0  # DDP's copy
         state = own, teachers + weights.beside, gradients, 8 * trained + average, buckets
         return Memory(*state, peaks.towers - gradients, _beyond(peaks, peaks.towers))
-    gradients, buckets = low * trained // (1 if stage == 1 else world_size), low * BUCKET
+    gradients, buckets = low * trained // (1 if stage == 1 else world_size), low * min(trained, BUCKET)
     optimizer = (12 * trained + average) // world_size
     if stage == 3:
         gathered = min(own + teachers, low * MAX_LIVE) if world_size > 1 else 0
