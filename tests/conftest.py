@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import tiny
 
 REPO = Path(__file__).resolve().parent.parent
 EXIT_STATUS = pytest.StashKey[int]()
+MAY_SKIP = os.environ.get("KD_ACCEL_MAY_SKIP", "")  # regular expression of the reasons that are no failure; "": any
 
 
 def _folder(variable: str, name: str) -> Path:
@@ -113,6 +115,12 @@ def tiny_teacher(tmp_path_factory) -> Path:
 
 
 def pytest_sessionfinish(session, exitstatus) -> None:
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if exitstatus == 0 and reporter is not None:
+        reasons = {report.longrepr[2].removeprefix("Skipped: ") for report in reporter.stats.get("skipped", [])}
+        for reason in sorted(reason for reason in reasons if not re.search(MAY_SKIP, reason)):
+            reporter.write_line(f"skipped, which KD_ACCEL_MAY_SKIP does not allow: {reason}", red=True)
+            session.exitstatus = exitstatus = 1
     session.config.stash[EXIT_STATUS] = int(exitstatus)
 
 
