@@ -7,6 +7,7 @@ What the stack would do silently wrong is an error here.
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 from datetime import timedelta
@@ -89,6 +90,7 @@ def _deepspeed_plugin(*, precision: str, batch_size: int, grad_clip_norm: float,
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     # Its shared-memory collectives are compiled at start-up, for half a minute, and gloo does the same work.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    _import_muon()
     for key, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
         os.environ.setdefault(key, value)
     plugin = DeepSpeedPlugin()
@@ -109,6 +111,17 @@ def _deepspeed_plugin(*, precision: str, batch_size: int, grad_clip_norm: float,
     if accumulate > 1 and precision == "bf16" and stage > 1:  # stage 1 would get another optimizer, without our state
         plugin.deepspeed_config["data_types"] = {"grad_accum_dtype": "fp32"}
     return plugin
+
+
+def _import_muon() -> None:
+    """DeepSpeed asks whether an optimizer is its Muon, whose kernels would be compiled: seconds of imports."""
+    from deepspeed.runtime import compiler
+
+    its_own, compiler.compile = compiler.compile, lambda: lambda function: function
+    try:
+        importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+    finally:
+        compiler.compile = its_own
 
 
 def _check_deepspeed_config(config: dict, grad_clip_norm: float) -> None:
