@@ -1,6 +1,6 @@
 """Trains five steps in every cell of test_parity.py's table on the ranks it is launched with; torchrun, or alone.
 
-parity_worker.py FOLDER TEACHER CELLS      writes FOLDER/<cell>-<ranks>.safetensors; CELLS: reference | some | ENGINE
+parity_worker.py FOLDER TEACHER CELLS      writes FOLDER/<cell>-<ranks>.safetensors; CELLS: names of CELLS with commas
 """
 
 import itertools
@@ -82,7 +82,6 @@ ALL = [Cell(*parts) for parts in itertools.product(ENGINES, ACCUMULATE, TERMS, P
 CELLS = {
     "reference": [Cell("ddp", 1, objective, "fp32") for objective in TERMS],  # for one process, which has no DDP
     "some": [Cell(*parts, "fp32") for parts in itertools.product([*ENGINES[:4], "fsdp2"], [1, 2], TERMS)],
-    # engine by engine: DeepSpeed frees none of its engines before the process ends
     **{engine: [cell for cell in ALL if cell.engine == engine] for engine in ENGINES},
 }
 
@@ -208,7 +207,7 @@ def train(cell: Cell, teacher: str) -> dict:
 
 def main() -> None:
     folder, teacher, cells = sys.argv[1:]
-    for cell in CELLS[cells]:
+    for cell in itertools.chain.from_iterable(CELLS[name] for name in cells.split(",")):
         result = train(cell, teacher)
         if distributed.is_main():
             save_file(result, Path(folder) / f"{cell.name}-{distributed.world_size()}.safetensors")

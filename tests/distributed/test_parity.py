@@ -79,8 +79,8 @@ def test_two_ranks_equal_one(some, cell):
 @pytest.mark.timeout(3000)
 def test_table(tiny_teacher, tmp_path, capsys):
     """Every engine x accumulation x ranks x objective x precision; prints the table of differences."""
-    for ranks, engine in itertools.product(RANKS, ENGINES):
-        compute(tmp_path, tiny_teacher, ranks, engine)
+    for ranks, engines in itertools.product(RANKS, (ENGINES[:3], ENGINES[3:])):  # no process ever frees an engine
+        compute(tmp_path, tiny_teacher, ranks, ",".join(engines))
     lines = [f"{'gradients / parameters after 5 steps':36}" + "".join(f"{f'{ranks} ranks':>20}" for ranks in RANKS)]
     for precision, objective, engine, accumulate in itertools.product(PRECISIONS, TERMS, ENGINES, ACCUMULATE):
         cell = Cell(engine, accumulate, objective, precision)
