@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from kd_accel.augment_config import AugmentConfig
 from kd_accel.cache_config import CacheConfig
-from kd_accel.schema import Schema, without_nulls
+from kd_accel.schema import Schema, check_one_given, without_nulls
 
 
 class SourceConfig(Schema):
@@ -54,8 +54,7 @@ class SourceConfig(Schema):
 
     @model_validator(mode="after")
     def _one_kind(self) -> Self:
-        if sum(getattr(self, kind) is not None for kind in self.KINDS) != 1:
-            raise ValueError(f"give exactly one of {', '.join(self.KINDS)}")
+        check_one_given(**{kind: getattr(self, kind) for kind in self.KINDS})
         return self
 
 
@@ -104,8 +103,7 @@ class DataConfig(SourceConfig):
 
     @model_validator(mode="after")
     def _one_kind(self) -> Self:
-        if sum(getattr(self, kind) is not None for kind in self.KINDS) + bool(self.sources) != 1:
-            raise ValueError(f"give exactly one of {', '.join(self.KINDS)} and sources")
+        check_one_given(**{kind: getattr(self, kind) for kind in (*self.KINDS, "sources")})
         return self
 
     @model_validator(mode="after")
@@ -118,6 +116,5 @@ class DataConfig(SourceConfig):
 
     @model_validator(mode="after")
     def _one_batch_size(self) -> Self:
-        if (self.batch_size is None) == (self.global_batch_size is None):
-            raise ValueError("give exactly one of batch_size (per process) and global_batch_size (over all processes)")
+        check_one_given(batch_size=self.batch_size, global_batch_size=self.global_batch_size)
         return self

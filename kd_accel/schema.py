@@ -56,6 +56,14 @@ def without_nulls(values: Any) -> Any:
     return {key: v for key, v in values.items() if v is not None} if isinstance(values, dict) else values
 
 
+def check_one_given(**values: Any) -> None:
+    """Raises ValueError unless exactly one of the keys has a value, with those that have one."""
+    given, names = [name for name, value in values.items() if value], list(values)
+    if len(given) != 1:
+        what = f"; {' and '.join(given)} are given: set all but one to null" if given else ""
+        raise ValueError(f"give exactly one of {', '.join(names[:-1])} and {names[-1]}{what}")
+
+
 class _Loader(yaml.SafeLoader):
     """YAML 1.2 scalars: `5e-4` is a number; `on`, `1:30` and `2024-01-01` are text. A key given twice is an error."""
 

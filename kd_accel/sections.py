@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from kd_accel.schedules import Scheduled
-from kd_accel.schema import Schema, without_nulls
+from kd_accel.schema import Schema, check_one_given, without_nulls
 from kd_accel.terms import AnyTerm
 
 
@@ -220,8 +220,7 @@ class OptimConfig(Schema):
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:
-        if [self.epochs, self.steps, self.samples].count(None) != 2:
-            raise ValueError("give exactly one of epochs, steps and samples")
+        check_one_given(epochs=self.epochs, steps=self.steps, samples=self.samples)
         if (self.schedule == "constant_cooldown") != bool(self.cooldown_steps):
             raise ValueError("cooldown_steps and schedule=constant_cooldown need each other: set both or neither")
         return self

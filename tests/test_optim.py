@@ -82,5 +82,6 @@ def test_one_cycle_is_torchs():
 
 def test_one_length():
     """Epochs, steps or samples."""
-    with pytest.raises(ConfigError, match="exactly one of epochs, steps and samples"):
+    both = "exactly one of epochs, steps and samples; .* and samples are given: set all but one to null"
+    with pytest.raises(ConfigError, match=both):
         config(samples=100)
