@@ -128,8 +128,8 @@ def run() -> None:
     except Exception:
         _tell_launcher(traceback.format_exc())
         raise
-    if "kd_accel.distributed" in sys.modules:
-        sys.modules["kd_accel.distributed"].end_process(code)
+    if "kd_accel.processes" in sys.modules:
+        sys.modules["kd_accel.processes"].end_process(code)
     sys.exit(code)
 
 

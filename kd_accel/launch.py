@@ -14,7 +14,7 @@ from datetime import timedelta
 
 import torch
 
-from kd_accel import distributed
+from kd_accel import processes
 from kd_accel.schema import ConfigError
 
 BUCKET = 500_000_000  # elements: DeepSpeed's own reduce_bucket_size
@@ -37,8 +37,8 @@ def start_accelerator(
     from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 
     timeout = timedelta(seconds=timeout_s)
-    distributed.wait_at_most(timeout_s)
-    distributed.start_process_group(timeout_s)
+    processes.wait_at_most(timeout_s)
+    processes.start_process_group(timeout_s)
     # Without the backend's name Accelerate believes on a machine without GPU that every rank is alone.
     handlers = [InitProcessGroupKwargs(backend="gloo" if on_cpu else "nccl", timeout=timeout)]
     mixed = "bf16" if precision == "bf16" else "no"

@@ -9,7 +9,10 @@ import torch
 
 from kd_accel import distributed
 from kd_accel.data.workers import is_lost_worker
+from kd_accel.processes import first_line
 from kd_accel.schema import LocalError, LostPeerError
+
+PEER = ("closed by peer", "Connection reset", "Timed out waiting", "timed out after", "Broken pipe", "NCCL", "gloo")
 
 
 @contextmanager
@@ -23,7 +26,7 @@ def told_in_one_line(*, waited: str, workers: str, smaller: str, then: str) -> I
         yield
     except RuntimeError as error:
         kind = LocalError
-        if distributed.is_lost_peer(error):
+        if is_lost_peer(error):
             kind, lost = LostPeerError, f"{_other_ranks()} died, or did not answer for {waited}"
         elif is_lost_worker(error):
             lost = f"a worker of the data loader died; when memory was short, lower {workers}"
@@ -31,8 +34,13 @@ def told_in_one_line(*, waited: str, workers: str, smaller: str, then: str) -> I
             lost = f"out of memory: {smaller}"
         else:
             raise
-        said = f"rank {distributed.rank()}: {lost} ({distributed.first_line(error)}); {then}"
+        said = f"rank {distributed.rank()}: {lost} ({first_line(error)}); {then}"
         raise kind(said) from error
+
+
+def is_lost_peer(error: BaseException) -> bool:
+    """Whether a collective failed because another process died or does not answer; torch only says so in words."""
+    return distributed.world_size() > 1 and isinstance(error, RuntimeError) and any(w in str(error) for w in PEER)
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:

@@ -127,5 +127,5 @@ def pytest_sessionfinish(session, exitstatus) -> None:
 @pytest.hookimpl(trylast=True)
 def pytest_unconfigure(config) -> None:
     """Tests of the engine leave a process group of one behind, and with it the end described in end_process."""
-    if "kd_accel.distributed" in sys.modules and EXIT_STATUS in config.stash:
-        sys.modules["kd_accel.distributed"].end_process(config.stash[EXIT_STATUS])
+    if "kd_accel.processes" in sys.modules and EXIT_STATUS in config.stash:
+        sys.modules["kd_accel.processes"].end_process(config.stash[EXIT_STATUS])

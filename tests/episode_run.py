@@ -12,7 +12,7 @@ import tiny
 import torch
 from torch import Tensor
 
-from kd_accel import distributed
+from kd_accel import distributed, processes
 from kd_accel.config import TrainConfig, teachers_of
 from kd_accel.data.loader import TrainLoader
 from kd_accel.engine import Engine
@@ -101,7 +101,7 @@ def main(folder: str, shards: str, teacher: str) -> None:
     pieces = build(config_of(shards, teacher, {"prototype": EPISODE}))
     pieces.train(3)
     torch.save(pieces.clusters().state_dict(), Path(folder) / f"{distributed.rank()}.pt")
-    distributed.end_process(0)
+    processes.end_process(0)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from kd_accel import distributed
+from kd_accel import distributed, processes
 from kd_accel.config import TrainConfig
 from kd_accel.doctor.environment import SHOWN
 from kd_accel.doctor.findings import Finding, named
@@ -44,7 +44,7 @@ class Answer:
     def of_this_rank(cls, findings: list[Finding]) -> Answer:
         host = socket.gethostname()
         with suppress(OSError):  # an address that cannot be reached is found by the roll call
-            distributed.choose_interface(os.environ.get("MASTER_ADDR", "127.0.0.1"))
+            processes.choose_interface(os.environ.get("MASTER_ADDR", "127.0.0.1"))
         try:
             address = socket.getaddrinfo(host, None)[0][4][0]
         except OSError:

@@ -13,7 +13,7 @@ import os
 
 import torch
 
-from kd_accel import distributed
+from kd_accel import distributed, processes
 from kd_accel.config import TrainConfig
 from kd_accel.data.loader import rows_per_micro_batch
 from kd_accel.doctor import environment, rendezvous, training
@@ -21,6 +21,7 @@ from kd_accel.doctor.findings import Finding, checked, of_all_ranks, together
 from kd_accel.doctor.rendezvous import Answer
 from kd_accel.doctor_config import DoctorConfig
 from kd_accel.launch import end_accelerator, start_accelerator
+from kd_accel.lost import is_lost_peer
 from kd_accel.schema import ConfigError
 
 Report = list[Finding]
@@ -32,7 +33,7 @@ def run(config: DoctorConfig) -> int:
     try:
         return _examine(config.training(), config.timeout_s)
     except RuntimeError as error:
-        if not distributed.is_lost_peer(error):
+        if not is_lost_peer(error):
             raise
         said = f"rank {distributed.rank()}: another process died, or did not answer for {config.timeout_s:g} s"
         _tell([Finding("FAIL", "rendezvous", f"{said}: look at what it said last")])
@@ -50,7 +51,7 @@ def _examine(config: TrainConfig | None, timeout_s: float) -> int:
         answers, report = _meet(mine, timeout_s)
         if _has_failed(report):  # what follows would wait for those that are missing, or cannot work
             return 1
-        distributed.start_process_group(timeout_s)
+        processes.start_process_group(timeout_s)
         report += _told(_exchanges(config, answers))
     if config is not None:
         report += _told(of_all_ranks(checked("launch", lambda: _launch(config, timeout_s))))
@@ -63,7 +64,7 @@ def _examine(config: TrainConfig | None, timeout_s: float) -> int:
 def _meet(mine: Report, timeout_s: float) -> tuple[list[Answer | None], Report]:
     """(what each rank says of itself, what they found alone and whether they meet); the first of them tells it."""
     try:
-        said = distributed.roll_call(Answer.of_this_rank(mine).packed(), timeout_s)
+        said = processes.roll_call(Answer.of_this_rank(mine).packed(), timeout_s)
     except ConfigError as error:
         failure = Finding("FAIL", "rendezvous", f"rank {os.environ['RANK']}: {error}")
         _tell([*mine, failure], aloud=True)
@@ -73,7 +74,7 @@ def _meet(mine: Report, timeout_s: float) -> tuple[list[Answer | None], Report]:
     report += rendezvous.attendance(answers, timeout_s)
     first = next(rank for rank, answer in enumerate(answers) if answer is not None)
     _tell(report, aloud=os.environ["RANK"] == str(first))
-    distributed.end_roll_call(said, timeout_s)
+    processes.end_roll_call(said, timeout_s)
     return answers, report
 
 

@@ -9,7 +9,7 @@ Views and texts are those that this config's training shows in its first epochs.
 
 from __future__ import annotations
 
-from kd_accel import distributed
+from kd_accel import processes
 from kd_accel.embed import files
 from kd_accel.embed.check import check_share
 from kd_accel.embed.job import Job, imported_job, live_job, live_teacher
@@ -23,7 +23,7 @@ TIMEOUT_S = 24 * 3600  # a rank may have that much more to do than another
 
 def run(config: EmbedConfig) -> None:
     """Write the store, or what else the config asks for. Raises ConfigError for what cannot be done."""
-    distributed.start_process_group(TIMEOUT_S)
+    processes.start_process_group(TIMEOUT_S)
     if config.prompts is not None:
         embed_prompts(config, live_teacher(config))
     elif config.to_npy is not None:

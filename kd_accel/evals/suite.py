@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from kd_accel import distributed
+from kd_accel import distributed, processes
 from kd_accel.eval_config import EvalConfig
 from kd_accel.evals.encoder import load_encoder, load_teacher
 from kd_accel.evals.evaluate import evaluate
@@ -40,7 +40,7 @@ def run(config: EvalConfig) -> int:
     Raises ConfigError for what cannot be evaluated; sets that are damaged are told at the end. Raises LocalError when
     another process is lost, or memory is short.
     """
-    distributed.start_process_group(TIMEOUT_S)
+    processes.start_process_group(TIMEOUT_S)
     with distributed.failing_together():  # folders may look different to the machine of another rank
         plan = make_plan(config)
 

@@ -31,7 +31,7 @@ BATCHES = (1024, 8192)  # rows of all ranks
 
 def measure(mode: str, options: argparse.Namespace, folder: Path) -> None:
     """One row of the table, which rank 0 prints as json."""
-    from kd_accel import distributed
+    from kd_accel import distributed, processes
     from kd_accel.checkpoint import Snapshot, write
     from kd_accel.config import ObjectiveConfig
     from kd_accel.memory_files import load_memory, memory_snapshot
@@ -45,7 +45,7 @@ def measure(mode: str, options: argparse.Namespace, folder: Path) -> None:
         call()
         return max(distributed.gather_objects(time.perf_counter() - began))
 
-    distributed.start_process_group(timeout_s=600)
+    processes.start_process_group(timeout_s=600)
     terms = {"gcl": {"kind": "global_contrastive"}}
     objective = Objective(validate(ObjectiveConfig, {"terms": terms, "memory": mode}), num_ids=options.ids)
     memory = objective.recall["gcl"].memory
@@ -74,7 +74,7 @@ def measure(mode: str, options: argparse.Namespace, folder: Path) -> None:
     row["disk_bytes"] = sum(path.stat().st_size for path in folder.rglob("memory_*"))
     if distributed.is_main():
         print(json.dumps(row), flush=True)
-    distributed.end_process(0)
+    processes.end_process(0)
 
 
 def _launch(mode: str, options: argparse.Namespace) -> dict:

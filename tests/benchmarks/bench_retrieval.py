@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from output import add_output, peak_bytes, write
 from torch import Tensor
 
-from kd_accel import distributed
+from kd_accel import distributed, processes
 from kd_accel.evals.retrieval import recall
 from kd_accel.evals.zero_shot import classify
 
@@ -50,7 +50,7 @@ CASES = {"matrix": matrix, "retrieval": retrieval, "classes": classes}
 
 def one(case: str, pairs: int) -> None:
     """One case in this process, or in the processes of a launcher; prints json."""
-    distributed.start_process_group(3600)
+    processes.start_process_group(3600)
     torch.set_num_threads(1)
     torch.manual_seed(0)
     images = torch.randn(pairs, WIDTH)
@@ -62,7 +62,7 @@ def one(case: str, pairs: int) -> None:
     row |= {"core_seconds": time.process_time() - core, "peak_bytes": peak_bytes() - before, "top1": top1}
     if distributed.is_main():
         print(json.dumps(row), flush=True)
-    distributed.end_process(0)
+    processes.end_process(0)
 
 
 def main() -> None:

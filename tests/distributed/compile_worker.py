@@ -15,7 +15,7 @@ from distributed.parity_worker import Cell, train
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from kd_accel import distributed
+from kd_accel import distributed, processes
 from kd_accel.config import TrainConfig
 
 eager = parity_worker.config
@@ -56,7 +56,7 @@ def main() -> None:
         result[words] = {"apart": apart(found, expected), "graphs": graphs, "breaks": breaks}
     if distributed.is_main():
         Path(out).write_text(json.dumps(result))
-    distributed.end_process(0)
+    processes.end_process(0)
 
 
 if __name__ == "__main__":

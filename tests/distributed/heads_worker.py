@@ -9,7 +9,7 @@ import sys
 import tiny
 import torch
 
-from kd_accel import distributed
+from kd_accel import distributed, processes
 from kd_accel.config import TrainConfig, teachers_of
 from kd_accel.engine import Engine
 from kd_accel.launch import end_accelerator, start_accelerator
@@ -107,7 +107,7 @@ def main() -> None:
     for case in cases:
         print(case, flush=True)
         check(teacher, *case.split("-"))
-    distributed.end_process(0)
+    processes.end_process(0)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from distributed.parity_worker import Fsdp2OnCpu
 from optimizer_state import optimizer_state
 from safetensors.torch import load_file, save_file
 
-from kd_accel import distributed
+from kd_accel import distributed, processes
 from kd_accel.config import TrainConfig
 from kd_accel.engine import Engine
 from kd_accel.lamb import pieces_of
@@ -151,7 +151,7 @@ def main() -> None:
     for job in jobs:
         print(job, flush=True)
         run(Path(folder), *job.split(","))
-    distributed.end_process(0)
+    processes.end_process(0)
 
 
 if __name__ == "__main__":

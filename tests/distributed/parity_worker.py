@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
-from kd_accel import assembly, distributed
+from kd_accel import assembly, distributed, processes
 from kd_accel.config import TrainConfig
 from kd_accel.engine import Engine
 from kd_accel.launch import end_accelerator, start_accelerator
@@ -211,7 +211,7 @@ def main() -> None:
         result = train(cell, teacher)
         if distributed.is_main():
             save_file(result, Path(folder) / f"{cell.name}-{distributed.world_size()}.safetensors")
-    distributed.end_process(0)
+    processes.end_process(0)
 
 
 if __name__ == "__main__":

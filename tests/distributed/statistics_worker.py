@@ -11,7 +11,7 @@ import torch
 from optimizer_state import optimizer_state
 from torch import Tensor, nn
 
-from kd_accel import distributed
+from kd_accel import distributed, processes
 from kd_accel.config import TrainConfig
 from kd_accel.engine import Engine
 from kd_accel.held import WEIGHT, HostMemory, whole
@@ -169,7 +169,7 @@ def main() -> None:
     for case in sys.argv[1:]:
         print(case, flush=True)
         check(*case.split("-"))
-    distributed.end_process(0)
+    processes.end_process(0)
 
 
 if __name__ == "__main__":

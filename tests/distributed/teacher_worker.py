@@ -15,7 +15,7 @@ from pathlib import Path
 import tiny
 import torch
 
-from kd_accel import assembly, distributed
+from kd_accel import assembly, distributed, processes
 from kd_accel.checkpoint import TrainState
 from kd_accel.config import TrainConfig
 from kd_accel.engine import Engine
@@ -159,7 +159,7 @@ def main() -> None:
         watch(teacher, 3, "engine", Path(folder), leak=False)
         watch(teacher, 2, "replicated", Path(folder), leak=False)
         watch(teacher, 3, "engine", Path(folder), leak=True)
-    distributed.end_process(0)
+    processes.end_process(0)
 
 
 if __name__ == "__main__":

@@ -69,15 +69,15 @@ def test_a_set_that_nobody_can_read_ends_every_rank(tmp_path, release):
 
 GATHER = """
 import torch
-from kd_accel import distributed
+from kd_accel import distributed, processes
 from kd_accel.evals.features import deal
-distributed.start_process_group(60)
+processes.start_process_group(60)
 mine = torch.full(([2, 0, 3][distributed.rank()], 2), float(distributed.rank()))
 assert distributed.gather_uneven_rows(mine)[:, 1].tolist() == [0, 0, 2, 2, 2]
 assert distributed.gather_uneven_rows(mine.long()[:, 0]).tolist() == [0, 0, 2, 2, 2]
 assert distributed.gather_uneven_rows(mine[:0]).shape == (0, 2)
 assert deal(10, 3) == [[range(0, 3), range(9, 10)], [range(3, 6)], [range(6, 9)]]  # the same batches as alone
-distributed.end_process(0)
+processes.end_process(0)
 """
 
 

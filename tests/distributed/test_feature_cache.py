@@ -17,7 +17,7 @@ WORKER = """
 import json, logging, sys
 from pathlib import Path
 import torch
-from kd_accel import distributed
+from kd_accel import distributed, processes
 from kd_accel.evals import feature_cache, statistics
 from kd_accel.evals.encoder import load_encoder
 from kd_accel.evals.find import find_sets
@@ -25,7 +25,7 @@ from kd_accel.evals.linear_probe import linear_probe
 from kd_accel.probe_config import ProbeConfig
 
 logging.basicConfig(format="warning: %(message)s")
-distributed.start_process_group(60)
+processes.start_process_group(60)
 rank, (release, folder, cache) = distributed.rank(), sys.argv[1:]
 encoder, [eval_set] = load_encoder(release), find_sets(folder)
 samples, computed = eval_set.samples(), 0
@@ -61,7 +61,7 @@ everyone = distributed.gather_objects((counts, metrics, lies, first.images.sum()
 assert everyone == everyone[:1] * len(everyone)
 if rank == 0:
     print("result:", json.dumps(everyone[0]))
-distributed.end_process(0)
+processes.end_process(0)
 """
 
 

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
-from kd_accel import distributed
+from kd_accel import distributed, processes
 from kd_accel.memory import SampleMemory, own_ids
 from kd_accel.memory_files import load_memory, memory_snapshot
 from kd_accel.objective import Objective
@@ -198,7 +198,7 @@ def _main(folder: Path) -> None:
     for written in sorted(folder.iterdir()):  # by one process, by fewer ranks, by as many
         for mode in MODES:
             _assert_loaded(written, mode)
-    distributed.end_process(0)
+    processes.end_process(0)
 
 
 if __name__ == "__main__":

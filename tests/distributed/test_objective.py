@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from every_term import TERMS, B
 
-from kd_accel import distributed
+from kd_accel import distributed, processes
 from kd_accel.memory import SampleMemory
 from kd_accel.objective import NonFiniteLoss, Objective
 from kd_accel.schedules import Progress
@@ -168,7 +168,7 @@ def _main(job: str) -> None:
         sharded = {case: _run(case, torch.float64, chunk_rows=2, memory="sharded") for case in BY_ID}
         found = {"runs": _all_runs(chunk_rows=2), "sharded": sharded, "complaint": _complaint()}
         torch.save(found, Path(job) / f"rank{distributed.rank()}.pt")
-    distributed.end_process(0)
+    processes.end_process(0)
 
 
 if __name__ == "__main__":

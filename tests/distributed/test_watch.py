@@ -12,11 +12,11 @@ WATCH = """
 import os, shutil, signal, sys
 from pathlib import Path
 from evals.test_watch import Evaluations, publish
-from kd_accel import distributed
+from kd_accel import distributed, processes
 from kd_accel.evals.watch import watch
 from kd_accel.schema import ConfigError
 
-distributed.start_process_group(60)
+processes.start_process_group(60)
 run, main = Path(sys.argv[1]), distributed.is_main()
 
 def drop():
@@ -40,7 +40,7 @@ again = Evaluations(at_10=stop)
 watch(run, again, interval_s=0.05)
 assert (again.steps, again.tasks) == ([10], 1), (again.steps, again.tasks)
 print("rank", distributed.rank(), "is done")
-distributed.end_process(0)
+processes.end_process(0)
 """
 
 

@@ -1,17 +1,14 @@
-"""Who is there, and who is not, before there is a process group."""
+"""What is said of who came and who did not, and that every pair of hosts meets."""
 
 from __future__ import annotations
 
 import itertools
 import socket
-import threading
 
 import pytest
 
-from kd_accel import distributed
 from kd_accel.doctor import rendezvous
 from kd_accel.doctor.rendezvous import Answer, attendance, rounds
-from kd_accel.schema import ConfigError
 
 
 def answer(
@@ -56,52 +53,3 @@ def test_every_pair_meets_once_and_nobody_twice_in_a_round(count):
     for matches in played:
         busy = [member for pair in matches for member in pair]
         assert len(busy) == len(set(busy))
-
-
-@pytest.fixture
-def as_rank(monkeypatch, free_port):
-    """A function: this process's place in a launch by hand."""
-    distributed._store.cache_clear()
-
-    def pretend(rank: int, world_size: int, port: int = free_port) -> None:
-        for name, value in {"RANK": rank, "WORLD_SIZE": world_size, "MASTER_PORT": port}.items():
-            monkeypatch.setenv(name, str(value))
-        monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-        monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
-
-    yield pretend
-    distributed._store.cache_clear()
-
-
-def test_ranks_that_do_not_come_are_known_by_their_number(as_rank):
-    as_rank(0, 3)
-    assert distributed.roll_call("here", timeout_s=1) == ["here", None, None]
-
-
-def test_nobody_at_the_port(as_rank, free_port):
-    """As with a wrong port: it ends in time, and says where it looked."""
-    as_rank(1, 2)
-    with pytest.raises(ConfigError, match=f"rank 0 does not answer at 127.0.0.1:{free_port} within 1 s: .*MASTER_PORT"):
-        distributed.roll_call("here", timeout_s=1)
-
-
-def test_a_port_that_is_taken(as_rank):
-    with socket.socket() as other:
-        other.bind(("0.0.0.0", 0))
-        other.listen()
-        as_rank(0, 2, other.getsockname()[1])
-        with pytest.raises(ConfigError, match="is taken by another program: choose another port"):
-            distributed.roll_call("here", timeout_s=5)
-
-
-def test_somebody_at_the_port_who_says_nothing(as_rank):
-    """Another service, or a firewall that lets connections hang."""
-    with socket.socket() as other:
-        other.bind(("127.0.0.1", 0))
-        other.listen()
-        thread = threading.Thread(target=other.accept, daemon=True)
-        thread.start()
-        as_rank(1, 2, other.getsockname()[1])
-        with pytest.raises(ConfigError, match="does not answer at"):
-            distributed.roll_call("here", timeout_s=2)
-        thread.join(5)

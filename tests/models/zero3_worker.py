@@ -13,7 +13,7 @@ import torch
 os.environ["DS_ACCELERATOR"] = "cpu"
 import deepspeed
 
-from kd_accel import distributed
+from kd_accel import processes
 from kd_accel.config import StudentConfig, TeacherConfig
 from kd_accel.models.pair import Pair
 from kd_accel.models.student import Student
@@ -74,4 +74,4 @@ deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # would be compi
 deepspeed.init_distributed("gloo")
 compare(sys.argv[1], torch.float32)
 compare(sys.argv[1], torch.bfloat16)
-distributed.end_process(0)
+processes.end_process(0)

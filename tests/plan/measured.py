@@ -14,7 +14,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from kd_accel import distributed
+from kd_accel import processes
 from kd_accel.config import TrainConfig
 from kd_accel.schema import load
 from kd_accel.train import Trainer
@@ -33,7 +33,7 @@ def main(file: str, overrides: list[str]) -> None:
     peak = max(_totals(recorded.profiler.kineto_results.experimental_event_tree()))
     print(json.dumps({"peak": peak, "flops_per_sample": flops.get_total_flops() / trainer.loader.batch_size}))
     trainer.metrics.close()
-    distributed.end_process(0)
+    processes.end_process(0)
 
 
 def _totals(events) -> list[int]:
