@@ -7,7 +7,7 @@
     checkpoints/latest                      names the newest directory
 
 It is written under a temporary name, flushed to the disk, renamed; then `latest` is replaced. Nothing here is pickled.
-saver.py decides when.
+snapshot.py makes what is written, saver.py decides when, resume.py goes on from it.
 """
 
 from __future__ import annotations
@@ -18,34 +18,20 @@ import os
 import re
 import shutil
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from kd_accel import distributed
-from kd_accel.config import SaveConfig, TrainConfig
-from kd_accel.engine import Engine
-from kd_accel.held import WEIGHT, Held, HostMemory, whole
-from kd_accel.int8 import split_clip
-from kd_accel.masters import EMA, MOMENTS, OptimizerState
-from kd_accel.memory_files import load_memory, memory_snapshot
-from kd_accel.metrics import flat
+from kd_accel.config import SaveConfig
 from kd_accel.models.release import write_release
-from kd_accel.models.student import Student
-from kd_accel.objective import Objective
-from kd_accel.random_state import random_state, set_random_state
-from kd_accel.schema import ConfigError, dump, load
+from kd_accel.schema import ConfigError
 
 LATEST, FILES = "latest", "files.json"
-# Sections and keys that decide what is learned: a resumed run may not change them.
-FIXED = ("seed", "student", "teacher", "teachers", "objective", "data", "compress")
-FREE = ("data.num_workers", "data.max_bad_fraction", "data.batch_size", "data.global_batch_size")
-FREE += ("objective.chunk_rows", "objective.memory", "student.grad_checkpointing", "teacher.placement")
-FREE += ("teacher.store",)
 PARTIAL = ".partial_"  # begins the name of a checkpoint that is being written
 
 
@@ -71,69 +57,6 @@ class Snapshot:
     tensors: dict[str, dict[str, Tensor]]
     texts: dict[str, str]
     releases: dict[str, dict[str, Any]]  # folder -> what write_release wants
-
-
-@dataclass(frozen=True)
-class Taken:
-    """A snapshot whose student still lies in parts, on the ranks that hold them."""
-
-    snapshot: Snapshot
-    held: Held
-    student: Student  # for its names and settings; its weights train on
-    scale: tuple[float, float | None]  # log_scale, logit_bias
-
-
-def take_snapshot(
-    *, engine: Engine, objective: Objective, state: TrainState, config: TrainConfig, memory: HostMemory
-) -> Taken:
-    """Copy everything that a checkpoint holds to this process's `memory`; collective."""
-    held = engine.masters.held(memory)
-    assert held.step == state.step - state.skipped, f"AdamW took {held.step} steps, the loop {state}"
-    tensors = {f"state/random_{distributed.rank():05d}.safetensors": random_state()}
-    tensors |= {f"state/{name}": columns for name, columns in memory_snapshot(objective).items()}
-    texts = {}
-    if distributed.is_main():
-        tensors |= {"state/objective.safetensors": {name: t.cpu() for name, t in objective.state().items()}}
-        texts = {"state/config.yaml": dump(config), "state/progress.json": json.dumps(asdict(state), indent=1)}
-    snapshot = Snapshot(state.step, tensors, texts, {})
-    return Taken(snapshot, held, engine.student, (objective.log_logit_scale, objective.bias))
-
-
-def joined(taken: Taken, group=None) -> Snapshot:
-    """The snapshot with the student's state on rank 0, which writes it; collective in `group`, from any thread."""
-    state, snapshot = whole(taken.held, group), taken.snapshot
-    if not distributed.is_main():
-        return snapshot
-    weights = state.pop(WEIGHT) | taken.held.untrained
-    moments = {key: state.get(key, {}) for key in MOMENTS} | state
-    versions = {"student": weights}
-    if EMA in moments:
-        versions["student_ema"] = weights | moments[EMA]  # buffers and frozen weights have no average
-    tensors = {"weights": weights, **moments}
-    return replace(
-        snapshot,
-        tensors=snapshot.tensors | {f"state/{name}.safetensors": values for name, values in tensors.items()},
-        releases={folder: release_of(taken.student, w, *taken.scale) for folder, w in versions.items()},
-    )
-
-
-def release_of(
-    student: Student, weights: dict[str, Tensor], log_scale: float, logit_bias: float | None
-) -> dict[str, Any]:
-    """What `write_release` wants of the student with these weights, which `Masters.weights` returned."""
-    state, int8 = student.release_state(weights), None
-    if student.int8 is not None:
-        state, int8 = split_clip(student.int8, state)
-    return {
-        "state": state,
-        "int8": int8,
-        "model_cfg": student.model_cfg,
-        "contract": student.contract,
-        "log_scale": log_scale,
-        "logit_bias": logit_bias,
-        "hf_text": student.hf_text,
-        "class_head": student.released_head(weights),
-    }
 
 
 def write(snapshot: Snapshot, folder: Path) -> dict[str, list]:
@@ -226,56 +149,17 @@ def _whole(found: Path | None, run: Path, may_go_back: bool) -> tuple[Path | Non
     return None, said
 
 
-def restore(checkpoint: Path, *, engine: Engine, objective: Objective) -> TrainState:
-    """Load a checkpoint into the engine and the objective, and the random states of this rank; collective.
-
-    Works for another engine and another number of ranks; random states are only restored for the same number.
-    Raises ConfigError naming the file that is missing or damaged.
-    """
-    folder = checkpoint / "state"
-    state = read_progress(checkpoint)
-    try:
-        step = state.step - state.skipped
-        engine.masters.load_weights(load_file(folder / "weights.safetensors"))
-        keys = [*MOMENTS, EMA] if (folder / f"{EMA}.safetensors").exists() else MOMENTS
-        moments = {key: load_file(folder / f"{key}.safetensors") for key in keys}
-        engine.masters.load_optimizer_state(OptimizerState(step=step, moments=moments))
-        objective.load_state(load_file(folder / "objective.safetensors"))
-        load_memory(folder, objective)
-        if len(list(folder.glob("random_*.safetensors"))) == distributed.world_size():
-            set_random_state(load_file(folder / f"random_{distributed.rank():05d}.safetensors"))
-    except (OSError, SafetensorError, KeyError) as error:
-        raise _not_whole(checkpoint, error) from None
-    return state
-
-
 def read_progress(checkpoint: Path) -> TrainState:
     """Where a checkpoint's run stood. Raises ConfigError when the file is missing or damaged."""
     try:
         return TrainState(**json.loads((checkpoint / "state" / "progress.json").read_text()))
     except (OSError, json.JSONDecodeError, TypeError) as error:
-        raise _not_whole(checkpoint, error) from None
+        raise not_whole(checkpoint, error) from None
 
 
-def _not_whole(checkpoint: Path, error: Exception) -> ConfigError:
+def not_whole(checkpoint: Path, error: Exception) -> ConfigError:
+    """What is raised for a file that is missing or damaged."""
     return ConfigError(f"{checkpoint}: not a whole checkpoint ({error}); resume from an older one: resume=PATH")
-
-
-def find(config: TrainConfig, run: Path) -> Path | None:
-    """The checkpoint that `config.resume` asks for, None for a fresh start; every rank finds the same one.
-
-    Raises ConfigError when the run exists and resume=never, or when PATH is no checkpoint.
-    """
-    if config.resume == "never":
-        if (run / "config.yaml").exists():
-            raise ConfigError(f"{run}: this run exists; resume=auto goes on with it, name=OTHER starts another")
-        return None
-    if config.resume == "auto":
-        return newest(run)
-    path = Path(config.resume)
-    if not (path / "state" / "progress.json").is_file():
-        raise ConfigError(f"resume={path}: not a checkpoint directory (no state/progress.json in it)")
-    return path
 
 
 def newest(run: Path) -> Path | None:
@@ -307,29 +191,6 @@ def published(run: Path) -> dict[Path, str]:
 def step_of(checkpoint: Path) -> int:
     """The step that a checkpoint's directory is named after."""
     return int(checkpoint.name.removeprefix("step_"))
-
-
-def check_config(checkpoint: Path, config: TrainConfig, *, global_batch: int) -> list[str]:
-    """Compare the checkpoint's config with `config`; returns what changed and may, as "key: old -> new".
-
-    Raises ConfigError, one line per key, for a change of what is being learned or of the global batch.
-    """
-    old = flat(load(TrainConfig, [checkpoint / "state" / "config.yaml"]).model_dump(mode="json"))
-    new = flat(config.model_dump(mode="json"))
-    changed = [key for key in old | new if old.get(key) != new.get(key) and key not in ("resume", "name", "output_dir")]
-    fixed = [key for key in changed if key.split(".")[0] in FIXED and not _is_free(key)]
-    lines = [f"{key}: the checkpoint has {old.get(key)!r}, the config {new.get(key)!r}" for key in fixed]
-    if (before := read_progress(checkpoint).global_batch) != global_batch:
-        lines.append(f"data.global_batch_size: the checkpoint has {before}, this launch makes {global_batch}")
-    if lines:
-        raise ConfigError(
-            "\n".join([*lines, f"{checkpoint} was trained otherwise: give its values back, or name=OTHER"])
-        )
-    return [f"{key}: {old.get(key)} -> {new.get(key)}" for key in changed]
-
-
-def _is_free(key: str) -> bool:
-    return key in FREE or re.fullmatch(r"teachers\.\w+\.(placement|store)", key) is not None
 
 
 def _flush(path: Path) -> None:

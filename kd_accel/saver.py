@@ -9,22 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from kd_accel import distributed
-from kd_accel.checkpoint import (
-    Taken,
-    TrainState,
-    drop_partial,
-    folder_for,
-    joined,
-    newest,
-    publish,
-    take_snapshot,
-    write,
-)
+from kd_accel.checkpoint import TrainState, drop_partial, folder_for, newest, publish, write
 from kd_accel.config import TrainConfig
 from kd_accel.engine import Engine
 from kd_accel.held import HostMemory
 from kd_accel.objective import Objective
 from kd_accel.schema import ConfigError
+from kd_accel.snapshot import Taken, joined, take_snapshot
 
 log = logging.getLogger("kd_accel")
 

@@ -15,7 +15,7 @@ import torch
 from accelerate.utils import set_seed
 from torch import Tensor
 
-from kd_accel import assembly, checkpoint, distributed
+from kd_accel import assembly, checkpoint, distributed, resume
 from kd_accel.bad_samples import count_bad_samples
 from kd_accel.blame import non_finite_rows
 from kd_accel.checkpoint import TrainState
@@ -87,7 +87,7 @@ class Trainer:
     def __init__(self, config: TrainConfig):
         self.config = config
         self.folder = Path(config.output_dir) / config.name
-        resume_from = checkpoint.find(config, self.folder)  # before anything is written or built
+        resume_from = resume.find(config, self.folder)  # before anything is written or built
         self.evaluation = TrainingEvaluation(config.eval, self.folder)
         self.push = BackgroundPush(config.hub, self.folder)
         self.accelerator = start_accelerator(
@@ -282,10 +282,10 @@ class Trainer:
         said: list[str] = []
         resume_from, damaged = checkpoint.choose(resume_from, self.folder, may_go_back=self.config.resume == "auto")
         if resume_from is not None:
-            said = checkpoint.check_config(resume_from, self.config, global_batch=self.loader.global_batch)
+            said = resume.check_config(resume_from, self.config, global_batch=self.loader.global_batch)
             # first, because memory by sample id is only of the data that it was made with
             self.loader.load_state_dict(checkpoint.read_progress(resume_from).data)
-            self.state = checkpoint.restore(resume_from, engine=self.engine, objective=self.objective)
+            self.state = resume.restore(resume_from, engine=self.engine, objective=self.objective)
         self.start_step, self.state.total_steps = self.state.step, self.total_steps
         with distributed.failing_together():
             if distributed.is_main():

@@ -27,8 +27,8 @@ LAYERS = (
     ("memory", "models", "data", "blame", "replay"),
     ("objective own_optimizer chunks temperature bindings recall fit", "stored_teacher", "int8", "lost"),
     (
-        "launch engine masters held optim lamb metrics checkpoint memory_files saver bad_samples assembly episodes"
-        " evals push.background",
+        "launch engine masters held optim lamb metrics checkpoint snapshot saver resume memory_files bad_samples"
+        " assembly episodes evals push.background",
     ),
     (
         "train",

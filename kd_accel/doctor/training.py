@@ -12,7 +12,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from kd_accel import assembly, checkpoint, distributed
+from kd_accel import assembly, distributed, resume
 from kd_accel.config import TrainConfig
 from kd_accel.data.loader import rows_per_micro_batch
 from kd_accel.data.workers import is_lost_worker
@@ -56,7 +56,7 @@ def findings(config: TrainConfig) -> list[Finding]:
 
 
 def _run(config: TrainConfig, run: Path) -> str:
-    resume_from = checkpoint.find(config, run)
+    resume_from = resume.find(config, run)
     return f"{run}, new" if resume_from is None else f"{run}, goes on from {resume_from}"
 
 

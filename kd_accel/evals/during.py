@@ -17,7 +17,6 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from kd_accel import distributed
-from kd_accel.checkpoint import release_of
 from kd_accel.engine import Engine
 from kd_accel.evals.encoder import Encoder, load_encoder
 from kd_accel.evals.evaluate import evaluate
@@ -29,6 +28,7 @@ from kd_accel.objective import Objective
 from kd_accel.random_state import random_state, set_random_state
 from kd_accel.replay import unchanged_buffers
 from kd_accel.schema import ConfigError
+from kd_accel.snapshot import release_of
 from kd_accel.train_eval_config import TrainEvalConfig
 
 log = logging.getLogger("kd_accel")

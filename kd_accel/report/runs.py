@@ -131,7 +131,7 @@ def _parameters(checkpoint: Path | None) -> int | None:
 def _newest_checkpoint(run: Path) -> Path | None:
     if not (run / "checkpoints").is_dir():
         return None
-    from kd_accel.checkpoint import newest  # brings the whole engine with it
+    from kd_accel.checkpoint import newest  # brings open_clip with it
 
     return newest(run)
 
