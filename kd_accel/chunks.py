@@ -84,12 +84,8 @@ class Step:
         """What every rank noted, [B] or [B, k] each, and `ids` [B] if there are any; collective."""
         if not self.noted:
             return {}
-        flat = {name: values.reshape(self.num_rows, -1) for name, values in self.noted.items()}
-        gathered = distributed.gather_rows(flat)
-        everyone = {name: rows.reshape(-1, *self.noted[name].shape[1:]) for name, rows in gathered.items()}
-        if self.ids is not None:
-            everyone["ids"] = distributed.gather_rows({"ids": self.ids[:, None]})["ids"][:, 0]
-        return everyone
+        everyone = distributed.gather_rows(self.noted)
+        return everyone if self.ids is None else everyone | distributed.gather_rows({"ids": self.ids})
 
     def collect(self, chunk: Chunk) -> None:
         """Add what a chunk's backward left on its rows; on the columns autograd adds by itself."""
@@ -120,7 +116,7 @@ class Step:
             logits = _against(_features(self.teachers[teacher], self.teacher_columns[teacher], rows), scale)
             parts.append(torch.logaddexp(*(log_inner(z, self.offset + rows.start) for z in logits)))
         mine = torch.cat(parts)  # [b]
-        everyone = distributed.gather_rows({"hardness": mine[:, None]})["hardness"][:, 0]  # [B]
+        everyone = distributed.gather_rows({"hardness": mine})["hardness"]  # [B]
         highest = everyone.max()
         mine, everyone = (mine - highest).exp(), (everyone - highest).exp()
         deviation = everyone.std()

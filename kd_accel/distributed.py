@@ -47,18 +47,20 @@ def barrier() -> None:
 
 @torch.no_grad()
 def gather_rows(rows: dict[K, Tensor]) -> dict[K, Tensor]:
-    """Every rank's rows of each tensor: [b, d_k] -> [B, d_k], detached, in one collective.
+    """Every rank's rows of each tensor: [b, ...] -> [B, ...], detached, in one collective.
 
     All tensors share b and a dtype; b is the same on every rank.
     """
     if world_size() == 1 or not rows:
         return {name: tensor.detach() for name, tensor in rows.items()}
     with span("gather"):
-        packed = torch.cat([tensor.detach() for tensor in rows.values()], dim=1).contiguous()  # [b, sum d_k]
+        flat = [tensor.detach()[:, None].flatten(start_dim=1) for tensor in rows.values()]  # [b, d_k] each
+        packed = torch.cat(flat, dim=1).contiguous()  # [b, sum d_k]
         everyone = [torch.empty_like(packed) for _ in range(world_size())]
         dist.all_gather(everyone, packed)
-    columns = torch.cat(everyone).split([tensor.shape[1] for tensor in rows.values()], dim=1)
-    return {name: column.contiguous() for name, column in zip(rows, columns, strict=True)}
+    columns = torch.cat(everyone).split([part.shape[1] for part in flat], dim=1)
+    shapes = {name: (-1, *tensor.shape[1:]) for name, tensor in rows.items()}
+    return {n: c.reshape(shape).contiguous() for (n, shape), c in zip(shapes.items(), columns, strict=True)}
 
 
 @torch.no_grad()

@@ -138,7 +138,7 @@ def coming_features(
             gathered = distributed.gather_rows(rows)
             finite.append({source: torch.isfinite(rows).all(dim=1) for source, rows in gathered.items()})
             mine = torch.cat([batch.ids for batch in micro_batches]).to(engine.accelerator.device)
-            ids.append(distributed.gather_rows({"ids": mine[:, None]})["ids"][:, 0])
+            ids.append(distributed.gather_rows({"ids": mine})["ids"])
             keep = distributed.is_main()
             parts.append(gathered if keep else {source: rows[:0] for source, rows in gathered.items()})
     finally:

@@ -52,7 +52,7 @@ class SampleMemory(nn.Module):
 
         Raises ValueError, on every rank, for an id of any rank that has no place here.
         """
-        everyone = distributed.gather_rows({"ids": ids[:, None]})["ids"][:, 0]  # [B]
+        everyone = distributed.gather_rows({"ids": ids})["ids"]  # [B]
         self.check(everyone)
         if not self.sharded:
             return {name: getattr(self, name)[ids] for name in self.columns}
