@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kd_accel import terms
-from kd_accel.chunks import CONTRASTED, Chunk, Step, mean
+from kd_accel.chunks import CONTRASTED, Chunk, Step, mean, through_head
 from kd_accel.losses import contrastive, distillation, embedding, relational
 from kd_accel.schedules import Progress, value_at
 from kd_accel.schema import LocalError
@@ -26,7 +26,7 @@ def student_columns(term: terms.Term, leaves: dict[str, Tensor]) -> set[str]:
             towers = term.match
         case _:
             return set(CONTRASTED) if "student" in term.columns else set()
-    return {_whole_name(leaves, tower) for tower in towers}
+    return {through_head("projected", f"raw.{tower}", leaves) for tower in towers}
 
 
 def features_read(term: terms.Term, widths: dict[str, int]) -> set[str]:
@@ -35,7 +35,7 @@ def features_read(term: terms.Term, widths: dict[str, int]) -> set[str]:
         case terms.LabelCE(classes=None):
             return {"class_logits"}
         case terms.Prototype():
-            return {f"prototype_{tower}" if f"prototype_{tower}" in widths else tower for tower in term.match}
+            return {through_head("prototype", tower, widths) for tower in term.match}
         case terms.LabelCE():
             views = ("image",)
         case terms.MaskedFeatureMSE():
@@ -46,7 +46,7 @@ def features_read(term: terms.Term, widths: dict[str, int]) -> set[str]:
             return set(CONTRASTED)
         case _:
             views = CONTRASTED
-    return {f"projected_{view}" if f"projected_{view}" in widths else view for view in views}
+    return {through_head("projected", view, widths) for view in views}
 
 
 def teacher_towers_read(term: terms.Term) -> set[str]:
@@ -96,12 +96,11 @@ def whole_loss(term: terms.WholeBatchTerm, step: Step, scale: Tensor) -> Tensor:
     teacher = step.only_teacher(term.teacher)
     targets = step.teacher_columns[teacher]
     if isinstance(term, terms.Gradient):
-        rows = (F.normalize(step.columns[_whole_name(step.columns, tower)], dim=1) for tower in ("image", "text"))
-        t_rows = (F.normalize(targets[f"raw.{tower}"], dim=1) for tower in ("image", "text"))
+        rows = (F.normalize(_columns_of(step, tower), dim=1) for tower in CONTRASTED)
+        t_rows = (F.normalize(targets[f"raw.{tower}"], dim=1) for tower in CONTRASTED)
         return relational.gradient_distance(*rows, *t_rows, *_gradient_scales(term, step.specs[teacher], scale))
     losses = [
-        _whole_pair(term, step.columns[_whole_name(step.columns, ours)], targets[f"raw.{theirs}"])
-        for ours, theirs in term.match.items()
+        _whole_pair(term, _columns_of(step, ours), targets[f"raw.{theirs}"]) for ours, theirs in term.match.items()
     ]
     return sum(losses) / len(losses)
 
@@ -173,7 +172,7 @@ def _relation(term: terms.Term, chunk: Chunk, scale: Tensor) -> Tensor:
 
 def _ensemble(term: terms.MobileClip, chunk: Chunk) -> list[Tensor]:
     """The teachers' distributions, averaged by their weights after each one's softmax; per direction, [c, B]."""
-    names = term.teachers or list(chunk.step.specs)
+    names = terms.teachers_read(term, list(chunk.step.specs))
     shares = torch.tensor([chunk.step.specs[name].weight for name in names])
     shares = (shares / shares.sum()).tolist()
     directions = zip(*(chunk.teacher_logits(name) for name in names), strict=True)
@@ -234,9 +233,9 @@ def _as_published(term: terms.VICReg | terms.Barlow, *sides: Tensor) -> tuple[Te
     return tuple(F.normalize(side, dim=1) for side in sides) if term.reference else sides
 
 
-def _whole_name(features: dict[str, Tensor], tower: str) -> str:
-    """The student's embedding in the teacher's space: projected where there is a projector."""
-    return f"raw.projected_{tower}" if f"raw.projected_{tower}" in features else f"raw.{tower}"
+def _columns_of(step: Step, tower: str) -> Tensor:
+    """All ranks' embeddings of the student in the teacher's space, [B, d_teacher]."""
+    return step.columns[through_head("projected", f"raw.{tower}", step.columns)]
 
 
 def _gradient_scales(term: terms.Gradient, spec, scale: Tensor) -> tuple[Tensor, Tensor | float]:

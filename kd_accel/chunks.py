@@ -6,6 +6,7 @@ embeddings as they came. Letters: b rows of this rank, c rows of one chunk, B ro
 
 from __future__ import annotations
 
+from collections.abc import Container
 from functools import cached_property
 
 import torch
@@ -19,6 +20,16 @@ from kd_accel.types import Features, TeacherSpec
 
 Pair = tuple[Tensor, Tensor]  # of image rows, of caption rows
 CONTRASTED = ("image", "text")  # unit features that terms compare with all columns
+
+
+def through_head(head: str, name: str, names: Container[str]) -> str:
+    """The name of the student's features behind its head, "projected" or "prototype", where `names` has that.
+
+    through_head("projected", "raw.image", leaves)  # "raw.projected_image", or "raw.image" without a projector
+    """
+    _, raw, view = name.rpartition("raw.")
+    behind = f"{raw}{head}_{view}"
+    return behind if behind in names else name
 
 
 class Step:
@@ -151,13 +162,11 @@ class Chunk:
 
     def unit(self, name: str) -> Tensor:
         """The student's unit rows in the teacher's space: projected where there is a projector, [c, d_teacher]."""
-        projected = f"projected_{name}"
-        return self.leaves[projected if projected in self.leaves else name]
+        return self.leaves[through_head("projected", name, self.leaves)]
 
     def raw(self, name: str) -> Tensor:
         """The student's embeddings in the teacher's space, [c, d_teacher]."""
-        projected = f"raw.projected_{name}"
-        return self.leaves[projected if projected in self.leaves else f"raw.{name}"]
+        return self.leaves[through_head("projected", f"raw.{name}", self.leaves)]
 
     @cached_property
     def student_logits(self) -> Pair:
@@ -236,6 +245,7 @@ def mean(first: Tensor, second: Tensor) -> Tensor:
     return (first + second) / 2
 
 
-def unit(features: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Unit rows of each raw embedding."""
-    return {name: F.normalize(rows, dim=1) for name, rows in features.items()}
+def named(features: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Unit rows of raw features by name, and the rows as they came under `raw.`; class logits have no unit rows."""
+    units = {name: F.normalize(rows, dim=1) for name, rows in features.items() if name != "class_logits"}
+    return units | {f"raw.{name}": rows for name, rows in features.items()}

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kd_accel import distributed
+from kd_accel.chunks import through_head
 from kd_accel.data.loader import TrainLoader
 from kd_accel.engine import Engine
 from kd_accel.losses.prototypes import cluster_means
@@ -178,7 +179,7 @@ def _sources(term: Prototype) -> set[Source]:
 def _features(source: Source, student: dict[str, Tensor], teachers: dict[str, dict[str, Tensor]]) -> Tensor:
     """Raw features of a tower: a teacher's, or what the student's prototype head makes, or the student's own."""
     owner, tower = source
-    return teachers[owner][tower] if owner is not None else student.get(f"prototype_{tower}", student[tower])
+    return teachers[owner][tower] if owner is not None else student[through_head("prototype", tower, student)]
 
 
 def _joined(parts: list[dict[Source, Tensor]]) -> dict[Source, Tensor]:

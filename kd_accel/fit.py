@@ -9,8 +9,8 @@ from torch import Tensor
 
 from kd_accel import terms
 from kd_accel.bindings import features_read, teacher_towers_read
+from kd_accel.chunks import through_head
 from kd_accel.config import ObjectiveConfig
-from kd_accel.recall import teacher_space
 from kd_accel.schema import ConfigError
 from kd_accel.types import TeacherSpec
 
@@ -19,8 +19,6 @@ _ONE_SPACE = (  # terms that compare a student's feature with a teacher's, numbe
     *(terms.EmbeddingMSE, terms.EmbeddingL1, terms.EmbeddingHuber, terms.EmbeddingCE, terms.EmbeddingKL),
     *(terms.Cosine, terms.SimReg, terms.Dino, terms.ProtoCPC, terms.Seed, terms.VICReg, terms.Barlow),
 )
-
-
 _SEVERAL = (terms.GlobalContrastive, terms.CosDiff, terms.RKD, terms.VICReg, terms.Barlow)  # undefined for one sample
 
 
@@ -118,7 +116,7 @@ def check_towers(config: ObjectiveConfig, *, widths: dict[str, int], teachers: d
 
 def check_class_width(key: str, embeddings: Tensor, widths: dict[str, int]) -> None:
     """Raises ConfigError when class embeddings [C, d] are not as wide as the student's image features."""
-    width = teacher_space(widths, "image")
+    width = widths[through_head("projected", "image", widths)]
     if embeddings.shape[1] != width:
         raise ConfigError(
             f"{key}: class embeddings are {embeddings.shape[1]} wide, the student's image features {width}: set"
@@ -140,7 +138,7 @@ def _check_widths(key: str, term: terms.Term, widths: dict[str, int], teachers: 
     teacher = term.teacher or next(iter(teachers))
     theirs = teachers[teacher].embed_dim
     towers = term.match if isinstance(term, terms.Matched) else ("image", "text")
-    ours = {teacher_space(widths, tower) for tower in towers}
+    ours = {widths[through_head("projected", tower, widths)] for tower in towers}
     if ours == {theirs}:
         return []
     given = ", ".join(map(str, sorted(ours)))

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from kd_accel import distributed, recall, terms
 from kd_accel.bindings import row_losses, student_columns, teacher_columns, whole_loss
 from kd_accel.blame import non_finite_rows
-from kd_accel.chunks import CONTRASTED, Chunk, Step, unit
+from kd_accel.chunks import CONTRASTED, Chunk, Step, named
 from kd_accel.config import ObjectiveConfig
 from kd_accel.memory import SampleMemory
 from kd_accel.own_optimizer import OwnOptimizer
@@ -98,19 +98,9 @@ class Objective(nn.Module):
         )
         # What is remembered here: by sample id perhaps sharded, the rest alike on every rank.
         self.num_ids, self.sharded = num_ids, config.memory == "sharded"
-        made = {
-            name: recall.build(
-                name,
-                term,
-                widths=widths or {},
-                teachers=self.teachers,
-                num_ids=num_ids,
-                sharded=self.sharded,
-                betas=betas,
-                eps=eps,
-            )
-            for name, term in config.terms.items()
-        }
+        known: dict[str, Any] = {"widths": widths or {}, "teachers": self.teachers, "betas": betas, "eps": eps}
+        known |= {"num_ids": num_ids, "sharded": self.sharded}
+        made = {name: recall.build(name, term, **known) for name, term in config.terms.items()}
         self.recall = nn.ModuleDict({name: module for name, module in made.items() if module is not None})
         self.confidences = nn.ModuleDict()
         if num_ids is not None:
@@ -156,7 +146,7 @@ class Objective(nn.Module):
         raw = {name: _fp32(features).detach().requires_grad_() for name, features in student.items()}
         with torch.enable_grad(), torch.autocast(next(iter(raw.values())).device.type, enabled=False):
             self.zero_grad()
-            given = {name: _named({n: _fp32(f).detach() for n, f in rows.items()}) for name, rows in teachers.items()}
+            given = {name: named({n: _fp32(f).detach() for n, f in rows.items()}) for name, rows in teachers.items()}
             leaves = self._leaves(raw, given, progress)
             step = self._step(leaves, given, ids, labels)
             self._walk(step, progress)
@@ -212,7 +202,7 @@ class Objective(nn.Module):
 
     def _leaves(self, raw: dict[str, Tensor], teachers: dict, progress: Progress) -> dict[str, Tensor]:
         """What the terms differentiate by: unit rows, raw rows, and what terms derive from them, with their graph."""
-        leaves = _named(raw)
+        leaves = named(raw)
         for module in self._recalls().values():
             leaves |= module.derive(leaves, teachers, progress)
         return leaves
@@ -226,7 +216,7 @@ class Objective(nn.Module):
             if not isinstance(term, terms.DistillationTerm):
                 continue
             names = teacher_columns(term) | (set(CONTRASTED) if term.confidence else set())
-            owners = self._ensemble(term) if isinstance(term, terms.MobileClip) else [self._teacher(term)]
+            owners = terms.teachers_read(term, list(self.teachers))
             teacher |= {(owner, name) for owner in owners for name in names}
         return Step(
             leaves,
@@ -354,9 +344,6 @@ class Objective(nn.Module):
         of_teachers = [term for term in self.config.terms.values() if isinstance(term, terms.DistillationTerm)]
         return sorted({self._teacher(t) for t in of_teachers if t.confidence and form in (None, t.confidence)})
 
-    def _ensemble(self, term: terms.MobileClip) -> list[str]:
-        return term.teachers or list(self.teachers)
-
     def _scales(self) -> list[nn.Parameter]:
         bias = [] if self.logit_bias is None else [self.logit_bias]
         return [self.log_scale, *bias, *self.own_log_scale.values()]
@@ -364,12 +351,6 @@ class Objective(nn.Module):
 
 def _under(start: str, noted: dict[str, Tensor]) -> dict[str, Tensor]:
     return {key.removeprefix(start): rows for key, rows in noted.items() if key.startswith(start)}
-
-
-def _named(features: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Unit rows by name, and the rows as they came under `raw.`; class logits have no unit rows."""
-    units = unit({name: rows for name, rows in features.items() if name != "class_logits"})
-    return units | {f"raw.{name}": rows for name, rows in features.items()}
 
 
 def _fp32(features: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ Each is a module with the same few methods, which the objective calls in this or
 from __future__ import annotations
 
 from kd_accel import terms
-from kd_accel.recall.base import Recall, Rows, teacher_space
+from kd_accel.recall.base import Recall, Rows
 from kd_accel.recall.centers import Centers
 from kd_accel.recall.clusters import Clusters
 from kd_accel.recall.fusion import Fusion
@@ -19,7 +19,7 @@ from kd_accel.recall.global_contrast import GlobalContrast
 from kd_accel.recall.queues import Queues
 from kd_accel.types import TeacherSpec
 
-__all__ = ["Centers", "Clusters", "Fusion", "GlobalContrast", "Queues", "Recall", "Rows", "build", "teacher_space"]
+__all__ = ["Centers", "Clusters", "Fusion", "GlobalContrast", "Queues", "Recall", "Rows", "build"]
 
 
 def build(

@@ -28,8 +28,3 @@ class Recall(nn.Module):
 
     def commit(self, ids: Tensor | None, noted: Rows) -> None:
         """Remember what all ranks noted, [B] or [B, k] by name, of samples `ids` [B]; only of a step that was taken."""
-
-
-def teacher_space(widths: dict[str, int], tower: str) -> int:
-    """Width of the student's features that are compared with a teacher's: the projector's, where there is one."""
-    return widths.get(f"projected_{tower}", widths[tower])

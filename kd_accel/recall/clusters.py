@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from kd_accel.chunks import Chunk, Step
+from kd_accel.chunks import Chunk, Step, through_head
 from kd_accel.losses import prototypes
 from kd_accel.memory import Prototypes
 from kd_accel.recall.base import Recall
@@ -44,7 +44,7 @@ class Clusters(Recall):
         return sum(losses) / len(losses)
 
     def _tower(self, chunk: Chunk, tower: str, scale: Tensor) -> Tensor:
-        rows = chunk.leaves.get(f"prototype_{tower}", chunk.leaves[tower])
+        rows = chunk.leaves[through_head("prototype", tower, chunk.leaves)]
         centroids, targets = self.clusters.centroids_of(tower)
         labels = self._labels[tower][chunk.rows]
         return prototypes.prototype_contrast(rows, centroids, labels, targets, scale, self.term.target_temperature)
@@ -52,4 +52,4 @@ class Clusters(Recall):
 
 def student_width(widths: dict[str, int], tower: str) -> int:
     """Of the features that are clustered: the prototype head's, or the tower's."""
-    return widths.get(f"prototype_{tower}", widths[tower])
+    return widths[through_head("prototype", tower, widths)]

@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kd_accel.chunks import CONTRASTED, Chunk, mean
+from kd_accel.chunks import CONTRASTED, Chunk, mean, through_head
 from kd_accel.losses import contrastive
-from kd_accel.recall.base import Recall, Rows, teacher_space
+from kd_accel.recall.base import Recall, Rows
 from kd_accel.schedules import Progress
 from kd_accel.terms import AugmentedFeature
 
@@ -19,8 +19,9 @@ class Fusion(Recall):
     def __init__(self, name: str, term: AugmentedFeature, *, widths: dict[str, int], teacher_width: int):
         super().__init__()
         self.name, self.term = name, term
+        projected = {tower: widths[through_head("projected", tower, widths)] for tower in CONTRASTED}
         self.layers = nn.ModuleDict(
-            {tower: nn.Linear(teacher_space(widths, tower) + teacher_width, widths[tower]) for tower in CONTRASTED}
+            {tower: nn.Linear(projected[tower] + teacher_width, widths[tower]) for tower in CONTRASTED}
         )
         self.columns = tuple(f"fused.{name}.{tower}" for tower in CONTRASTED)
 
@@ -28,7 +29,7 @@ class Fusion(Recall):
         """Unit fused rows of this rank, [b, d] per tower, d the student's width."""
         teacher = teachers[self.term.teacher or next(iter(teachers))]
         pairs = {
-            tower: torch.cat([student.get(f"projected_{tower}", student[tower]), teacher[tower]], dim=1)
+            tower: torch.cat([student[through_head("projected", tower, student)], teacher[tower]], dim=1)
             for tower in CONTRASTED
         }
         fused = [F.normalize(self.layers[tower](pair), dim=1) for tower, pair in pairs.items()]

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from kd_accel.chunks import Chunk
+from kd_accel.chunks import Chunk, through_head
 from kd_accel.losses import relational
 from kd_accel.memory import FeatureQueue
-from kd_accel.recall.base import Recall, Rows, teacher_space
+from kd_accel.recall.base import Recall, Rows
 from kd_accel.terms import Compress, Seed
 
 
@@ -21,12 +21,11 @@ class Queues(Recall):
         super().__init__()
         self.name, self.term = name, term
         self.two = isinstance(term, Compress) and term.queues == "2q"
-        widths = {
-            **{f"teacher_{tower}": teacher_width for tower in term.match},
-            **({f"student_{tower}": teacher_space(widths, tower) for tower in term.match} if self.two else {}),
-        }
+        width_of = {f"teacher_{tower}": teacher_width for tower in term.match}
+        if self.two:
+            width_of |= {f"student_{tower}": widths[through_head("projected", tower, widths)] for tower in term.match}
         self.queues = nn.ModuleDict(
-            {key: FeatureQueue(term.queue_size, width, seed=i) for i, (key, width) in enumerate(sorted(widths.items()))}
+            {key: FeatureQueue(term.queue_size, width_of[key], seed=i) for i, key in enumerate(sorted(width_of))}
         )
 
     def rows(self, chunk: Chunk, scale: Tensor) -> Tensor:
