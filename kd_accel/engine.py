@@ -1,6 +1,6 @@
 """Accelerate and DeepSpeed behind three verbs: forward, backward, step; masters.py has the state that they change.
 
-The rest of kd_accel never asks which engine runs: one process, DDP, or DeepSpeed ZeRO 1, 2, 3, as launch.py found it.
+The rest of kd_accel never asks which engine runs: one process, DDP, ZeRO 1, 2, 3, or FSDP2, as launch.py found it.
 """
 
 from __future__ import annotations
@@ -44,21 +44,13 @@ class Engine:
     ):
         """Prepare student and optimizer, and with them every teacher whose placement is `engine`.
 
-        Raises ConfigError for a teacher that the engine cannot hold.
+        Raises ConfigError for a teacher or a student that the engine cannot hold.
         """
         self.accelerator = accelerator
         self.grad_clip_norm = config.optim.grad_clip_norm
         self.zero_stage = accelerator.deepspeed_plugin.zero_stage if accelerator.deepspeed_plugin else 0
         self.is_fsdp = accelerator.is_fsdp2
-        if self.is_fsdp and any(section.placement == "engine" for section in teachers_of(config).values()):
-            raise ConfigError(
-                "FSDP2 shards weights of one dtype, and a frozen teacher has another: set teacher.placement=replicated"
-            )
-        if student.int8 == "torchao" and (self.zero_stage == 3 or self.is_fsdp):
-            raise ConfigError(
-                "compress.int8=torchao computes with a traced graph, for which ZeRO-3 and FSDP2 do not gather weights:"
-                " launch with ZeRO-2 or DDP, or set compress.int8=modelopt"
-            )
+        self._check_asked(student, config)
         self.student = student
         live = {name: teacher for name, teacher in teachers.items() if isinstance(teacher, Teacher)}
         if config.precision == "bf16":
@@ -200,6 +192,18 @@ class Engine:
             for block in sum(blocks.values(), []):
                 set_z3_leaf_module(block, True)  # all its weights are gathered before its graph, none inside
         return {name: len(found) for name, found in blocks.items()}
+
+    def _check_asked(self, student: Student, config: TrainConfig) -> None:
+        """What this engine cannot hold. Raises ConfigError."""
+        if self.is_fsdp and any(section.placement == "engine" for section in teachers_of(config).values()):
+            raise ConfigError(
+                "FSDP2 shards weights of one dtype, and a frozen teacher has another: set teacher.placement=replicated"
+            )
+        if student.int8 == "torchao" and (self.zero_stage == 3 or self.is_fsdp):
+            raise ConfigError(
+                "compress.int8=torchao computes with a traced graph, for which ZeRO-3 and FSDP2 do not gather weights:"
+                " launch with ZeRO-2 or DDP, or set compress.int8=modelopt"
+            )
 
     def _check_engine(self) -> None:
         """What was prepared is what was asked for."""

@@ -1,4 +1,4 @@
-"""What the launcher asked for, as an Accelerator: one process, DDP, or DeepSpeed ZeRO 1, 2, 3; on GPUs or CPU (gloo).
+"""What the launcher asked for, as an Accelerator: one process, DDP, ZeRO 1, 2, 3, or FSDP2; on GPUs or CPU (gloo).
 
     accelerate launch --config_file launch/zero2.yaml -m kd_accel train configs/demo.yaml
 

@@ -53,17 +53,12 @@ class Masters:
         self._frozen = frozen
 
     def weights(self) -> dict[str, Tensor]:
-        """The student's parameters, from the fp32 masters, and its buffers: name -> fp32 CPU tensor. Collective.
+        """The student's parameters, from the fp32 masters, and its buffers: name -> fp32 CPU tensor.
 
         Complete on rank 0; empty on the others, which only take part. Running statistics become their mean over ranks.
         """
         average_over_ranks(self._student)
-        state = dict(self._frozen)
-        for name, parameter in self._trained():
-            full = self._full(parameter)
-            if distributed.is_main():
-                state[name] = full.detach().float().cpu().clone()
-        return state | self._buffers()
+        return self._frozen | self._gathered() | self._buffers()
 
     def load_weights(self, state: dict[str, Tensor]) -> None:
         """Set parameters (masters and low-precision copies) and buffers from the fp32 `state`, which every rank has."""
@@ -75,7 +70,7 @@ class Masters:
             buffers[name].copy_(state[name])
 
     def held(self, memory: HostMemory) -> Held:
-        """What this rank holds of the weights and of AdamW's memory, copied to `memory`; collective.
+        """What this rank holds of the weights and of AdamW's memory, copied to `memory`.
 
         Nothing but running statistics is sent, under FSDP2 everything: there rank 0 holds all of it, as under DDP.
         """
@@ -84,7 +79,7 @@ class Masters:
         steps = {int(of["step"]) for of in state.values() if "step" in of}
         assert len(steps) <= 1, f"parameters took different numbers of steps: {steps}"
         self._link_moments()
-        moments = [*MOMENTS, EMA] if any(EMA in of for of in state.values()) else MOMENTS
+        moments = [*MOMENTS, EMA] if self._keeps_average() else MOMENTS
         keys = [WEIGHT, *(moments if steps else ())]
         parts: list[Part] = []
         size = sum(held.numel() for held in self._held_parameters()) if self._stage or distributed.is_main() else 0
@@ -94,9 +89,11 @@ class Masters:
         return Held(max(steps, default=0), shapes, parts, values, untrained)
 
     def averages(self) -> dict[str, Tensor]:
-        """The moving average of each trained parameter, {} where none is kept; collective, complete on rank 0."""
-        kept = any(EMA in state for state in self._adamw().state.values())
-        return self._moment(EMA) if kept else {}
+        """The moving average of each trained parameter, fp32 on the CPU; {} where none is kept, and not on rank 0."""
+        if not self._keeps_average():
+            return {}
+        self._link_moments()
+        return self._gathered(EMA)
 
     def load_optimizer_state(self, saved: OptimizerState) -> None:
         """Continue from `saved`, which every rank has; the engine may be another one than the one that saved it."""
@@ -164,9 +161,11 @@ class Masters:
         saved = self._student.state_dict().keys()
         return {name: b.detach().cpu().clone() for name, b in self._student.named_buffers() if name in saved}
 
-    def _moment(self, key: str) -> dict[str, Tensor]:
-        """Parameter name -> its moment, fp32 on the CPU; on rank 0 only."""
-        self._link_moments()
+    def _keeps_average(self) -> bool:
+        return any(EMA in state for state in self._adamw().state.values())
+
+    def _gathered(self, key: str | None = None) -> dict[str, Tensor]:
+        """The whole of each trained parameter, or of its moment `key`, by name: fp32 on the CPU, on rank 0 only."""
         gathered = {}
         for name, parameter in self._trained():
             full = self._full(parameter, key)
@@ -217,7 +216,7 @@ class Masters:
         """The inverse of `_full`; `value` is the same on every rank."""
         value = value.to(parameter.device)
         if not parameter.requires_grad:
-            with self._gathered(parameter):
+            with self._writable(parameter):
                 parameter.copy_(distributed.cut_like(value, parameter))
             return
         if not self._stage:
@@ -231,7 +230,7 @@ class Masters:
         else:
             parameter.set_full_hp_param(value.float(), key)
         if key is None:
-            with self._gathered(parameter):
+            with self._writable(parameter):
                 parameter.copy_(value)
 
     def _set_partition(self, parameter: nn.Parameter, value: Tensor, key: str | None) -> None:
@@ -246,7 +245,7 @@ class Masters:
         else:
             safe_set_local_optimizer_state(parameter, mine, key)
 
-    def _gathered(self, parameter: nn.Parameter):
+    def _writable(self, parameter: nn.Parameter):
         """A context in which the parameter's own (low-precision) data is whole and writable."""
         if self._stage != 3:
             return nullcontext()
