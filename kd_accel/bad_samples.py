@@ -9,8 +9,8 @@ from pathlib import Path
 
 from kd_accel import distributed
 from kd_accel.data.loader import TrainLoader
-from kd_accel.logs import LineFile
 from kd_accel.schema import ConfigError
+from kd_accel.text_files import LineFile
 
 log = logging.getLogger("kd_accel")
 

@@ -31,11 +31,11 @@ from kd_accel.config import DemoConfig
 from kd_accel.data.index import build_index, expand_shards
 from kd_accel.eval_config import EvalConfig
 from kd_accel.evals import suite
-from kd_accel.metrics import read_rows
 from kd_accel.models.release import resolve_release
 from kd_accel.report.runs import count_parameters
 from kd_accel.report.verb import write_report
 from kd_accel.schema import ConfigError
+from kd_accel.text_files import read_rows
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 INKS = {"white": "#ffffff", "yellow": "#ffe13c", "pink": "#ff96be", "cyan": "#50e1eb"}

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import errno
 import logging
-import os
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -13,28 +11,6 @@ from tqdm import tqdm
 
 LOG = logging.getLogger("kd_accel")
 FORMAT = "%(asctime)s | %(levelname)s | %(message)s"
-
-
-class LineFile:
-    """A file that grows by whole lines: each is there at once and entirely, or not at all."""
-
-    def __init__(self, path: Path):
-        """Go on behind what is there."""
-        self.path = path
-        self._file = path.open("ab", buffering=0)
-
-    def write(self, line: str) -> None:
-        """Add `line`, which has no end of its own; where the disk takes no more, the console says so instead."""
-        data, size = f"{line}\n".encode(), os.fstat(self._file.fileno()).st_size
-        try:
-            if self._file.write(data) < len(data):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        except OSError as error:
-            self._file.truncate(size)
-            LOG.error("%s: a row could not be written (%s)", self.path, error)
-
-    def close(self) -> None:
-        self._file.close()
 
 
 class _LogFile(logging.FileHandler):

@@ -9,33 +9,24 @@ Only the main rank writes; the other ranks make the same calls, and put their nu
 
 from __future__ import annotations
 
-import json
 import logging
-import math
-import os
-import platform
-import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import torch
 from tqdm import tqdm
 
 from kd_accel.config import TrainConfig
-from kd_accel.distributed import is_main, rank, world_size
-from kd_accel.logs import LOG, LineFile, start_logging, start_logging_of
-from kd_accel.schema import ConfigError
+from kd_accel.distributed import is_main, rank
+from kd_accel.logs import LOG, start_logging, start_logging_of
+from kd_accel.schema import ConfigError, flat
+from kd_accel.text_files import LineFile, read_rows, replace_text, to_json
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-PACKAGES = ("kd_accel", "torch", "accelerate", "deepspeed", "transformers", "open_clip_torch", "webdataset", "numpy")
 
 
 class MetricsLog:
@@ -90,7 +81,7 @@ class MetricsLog:
             self._accelerator.log(values, step=int(row["step"]))
         if self._file is None:
             return
-        self._file.write(_to_json(row))
+        self._file.write(to_json(row))
         LOG.info(_line(row, self.total_steps), extra={"is_row": True})
         if self._bar is not None:
             shown = {key: f"{row[key]:.4g}" for key in ("loss", "lr", "samples_per_second") if key in row}
@@ -140,87 +131,12 @@ class Throughput:
         return row
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a .jsonl file, oldest first; a last line that was cut off while being written is left out.
-
-    Raises ConfigError for any other line that is not a JSON object.
-    """
-    rows = []
-    lines = path.read_text(encoding="utf-8").split("\n")  # whole lines end in \n, so the last element is "" or torn
-    for number, line in enumerate(lines[:-1], start=1):
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            row = None
-        if not isinstance(row, dict):
-            raise ConfigError(f"{path}, line {number}: not a JSON object; repair or delete this line")
-        rows.append(row)
-    return rows
-
-
 def drop_rows_after(path: Path, step: int) -> None:
     """Keep the rows of `path` up to `step`, in one atomic replacement: a resumed run writes the later ones again."""
     if not path.exists():
         return
     kept = [row for row in read_rows(path) if row["step"] <= step]
-    replace_text(path, "".join(_to_json(row) + "\n" for row in kept))
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write `path` so that a reader, or a crash, sees the old text or the new one and nothing between."""
-    partial = path.with_name(path.name + ".tmp")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-
-
-def write_environment(run_dir: Path) -> None:
-    """Write environment.json: versions, hardware and commit, to explain a number later; nothing that names a person."""
-    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    environment = {
-        "python": platform.python_version(),
-        "packages": {name: installed(name) for name in PACKAGES},
-        "platform": f"{platform.system()} {platform.machine()}",
-        "cpus": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "cuda": torch.version.cuda,
-        "cuda_devices": devices,
-        "world_size": world_size(),
-        "commit": _commit(),
-    }
-    if is_main():
-        run_dir.mkdir(parents=True, exist_ok=True)
-        replace_text(run_dir / "environment.json", json.dumps(environment, indent=2) + "\n")
-
-
-def installed(package: str) -> str | None:
-    """Its version, None where it is not installed."""
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def _commit() -> str | None:
-    """The commit that kd_accel runs from, with "+" when files differ from it; None outside a checkout."""
-    root = Path(__file__).resolve().parents[1]
-    if not (root / ".git").exists() or shutil.which("git") is None:
-        return None
-
-    def git(*arguments: str) -> subprocess.CompletedProcess:
-        return subprocess.run(["git", "-C", root, *arguments], capture_output=True, text=True, check=False)
-
-    head = git("rev-parse", "HEAD")
-    if head.returncode:  # no commit yet, or a checkout of another owner, which git refuses to read
-        return None
-    return head.stdout.strip() + ("+" if git("status", "--porcelain", "--untracked-files=no").stdout else "")
-
-
-def _to_json(row: dict[str, Any]) -> str:
-    """One line of strict JSON: NaN and infinity, which JSON lacks, become null."""
-    return json.dumps({k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()})
+    replace_text(path, "".join(to_json(row) + "\n" for row in kept))
 
 
 def _line(row: dict[str, float], total_steps: int) -> str:
@@ -270,14 +186,3 @@ def _start_trackers(accelerator: Accelerator, run_dir: Path, config: TrainConfig
         trackers.append(kind(project, *folder, **options.get(name, {})))
     accelerator.log_with = trackers
     accelerator.init_trackers("kd_accel", config=flat(config.model_dump(mode="json")))
-
-
-def flat(values: dict[str, Any], prefix: str = "") -> dict[str, str | int | float | bool | None]:
-    """Nested mappings as one with dotted keys: {"optim": {"lr": 1}} -> {"optim.lr": 1}; lists become text."""
-    result = {}
-    for key, value in values.items():
-        if isinstance(value, dict) and value:
-            result |= flat(value, f"{prefix}{key}.")
-        else:
-            result[prefix + key] = str(value) if isinstance(value, dict | list) else value
-    return result

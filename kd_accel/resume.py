@@ -14,10 +14,9 @@ from kd_accel.config import TrainConfig
 from kd_accel.engine import Engine
 from kd_accel.masters import EMA, MOMENTS, OptimizerState
 from kd_accel.memory_files import load_memory
-from kd_accel.metrics import flat
 from kd_accel.objective import Objective
 from kd_accel.random_state import set_random_state
-from kd_accel.schema import ConfigError, load
+from kd_accel.schema import ConfigError, flat, load
 
 # Sections that decide what is learned, which a resumed run may not change, and the keys in them that do not.
 FIXED = ("seed", "student", "teacher", "teachers", "objective", "data", "compress")

@@ -122,6 +122,17 @@ def dump(config: Schema) -> str:
     return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, str | int | float | bool | None]:
+    """Nested mappings as one with dotted keys: {"optim": {"lr": 1}} -> {"optim.lr": 1}; lists become text."""
+    result: dict[str, str | int | float | bool | None] = {}
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            result |= flat(value, f"{prefix}{key}.")
+        else:
+            result[prefix + key] = str(value) if isinstance(value, dict | list) else value
+    return result
+
+
 def did_you_mean(word: str, known: Sequence[str]) -> str:
     """A hint at the nearest of the `known` words, else all of them."""
     near = difflib.get_close_matches(word, known, n=1)

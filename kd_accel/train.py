@@ -23,11 +23,12 @@ from kd_accel.config import TrainConfig
 from kd_accel.data.loader import rows_per_micro_batch
 from kd_accel.data.open import check_there
 from kd_accel.engine import Engine
+from kd_accel.environment import write_environment
 from kd_accel.episodes import Episodes
 from kd_accel.evals.during import TrainingEvaluation
 from kd_accel.launch import end_accelerator, start_accelerator
 from kd_accel.lost import told_in_one_line
-from kd_accel.metrics import MetricsLog, Throughput, replace_text, write_environment
+from kd_accel.metrics import MetricsLog, Throughput
 from kd_accel.objective import NonFiniteLoss
 from kd_accel.optim import build_optimizer, learning_rates
 from kd_accel.push.background import BackgroundPush
@@ -35,6 +36,7 @@ from kd_accel.saver import Saver
 from kd_accel.schedules import Progress
 from kd_accel.schema import ConfigError, dump
 from kd_accel.signals import StopSignals
+from kd_accel.text_files import replace_text
 from kd_accel.timing import Clock, span
 from kd_accel.types import Batch
 

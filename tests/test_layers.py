@@ -21,9 +21,9 @@ LAYERS = (
         " eval_config probe_config train_eval_config prepare_config export_config predict_config push_config"
         " plan_config doctor_config bench_config slurm help",
     ),
-    ("timing",),
+    ("timing", "text_files"),
     ("distributed", "processes", "losses", "random_state signals logs"),
-    ("trim",),
+    ("trim", "environment"),
     ("memory", "models", "data", "blame", "replay"),
     ("objective own_optimizer chunks temperature bindings recall fit", "stored_teacher", "int8", "lost"),
     (

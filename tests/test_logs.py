@@ -1,46 +1,13 @@
-"""Lines on a disk that is full: whole or absent, and never the end of the run."""
+"""Where the lines of a run go: on a disk that is full, never the end of the run."""
 
 from __future__ import annotations
 
 import logging
-import resource
-from contextlib import contextmanager
 
 import pytest
+from full_disk import no_file_above
 
-from kd_accel.logs import LOG, LineFile, start_logging, start_logging_of
-
-
-@contextmanager
-def no_file_above(size: int):
-    """Writes beyond `size` bytes of a file fail with OSError, one that crosses the limit is cut off there."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
-def test_a_line_is_whole_or_absent(tmp_path, caplog):
-    """One that fits in part is taken back and said; with room again the file goes on."""
-    file = LineFile(tmp_path / "rows")
-    with no_file_above(10):
-        for line in ("12345", "67890", "x"):
-            file.write(line)
-    file.write("end")
-    file.close()
-    assert (tmp_path / "rows").read_text() == "12345\nx\nend\n"
-    (said,) = caplog.records
-    assert "rows: a row could not be written" in said.getMessage()
-
-
-def test_a_file_goes_on(tmp_path):
-    for line in ("one", "two"):
-        file = LineFile(tmp_path / "rows")
-        file.write(line)
-        file.close()
-    assert (tmp_path / "rows").read_text() == "one\ntwo\n"
+from kd_accel.logs import LOG, start_logging, start_logging_of
 
 
 @pytest.fixture

@@ -11,8 +11,9 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 
 from kd_accel.config import TrainConfig
-from kd_accel.metrics import MetricsLog, Throughput, drop_rows_after, flat, read_rows, write_environment
+from kd_accel.metrics import MetricsLog, Throughput, drop_rows_after
 from kd_accel.schema import ConfigError, validate
+from kd_accel.text_files import read_rows
 
 
 def config(*trackers: str) -> TrainConfig:
@@ -62,13 +63,6 @@ def test_a_torn_last_line_is_left_out(tmp_path):
     assert [row["step"] for row in read_rows(path)] == [1, 2]
     drop_rows_after(path, 2)
     assert path.read_text() == whole
-
-
-def test_a_damaged_line_names_file_and_line(tmp_path):
-    """Only the last line may be torn; anything else is reported with its place."""
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\nnot json\n{"step": 3}\n')
-    with pytest.raises(ConfigError, match=r"metrics\.jsonl, line 2"):
-        read_rows(tmp_path / "metrics.jsonl")
 
 
 def test_numbers_that_json_lacks_become_null(tmp_path):
@@ -174,25 +168,3 @@ def test_throughput_counts_since_the_last_row():
     assert row["samples_per_second"] == pytest.approx(64 / elapsed, rel=0.05)
     assert 0.05 / elapsed <= row["data_wait"] < 1
     assert rate.take() == {"samples_per_second": 0.0, "data_wait": 0.0}
-
-
-def test_environment_explains_a_number_and_names_nobody(tmp_path):
-    """Versions and hardware are recorded; no path of this machine and no home directory is."""
-    from pathlib import Path
-
-    import torch
-
-    write_environment(tmp_path)
-    text = (tmp_path / "environment.json").read_text()
-    environment = json.loads(text)
-    assert torch.__version__.startswith(environment["packages"]["torch"])  # which lacks the build, as in +cu130
-    assert environment["world_size"] == 1
-    assert str(Path.home()) not in text
-    assert str(Path(__file__).resolve().parents[1]) not in text
-
-
-def test_flat_keeps_every_leaf_under_its_path():
-    """What trackers and the report's config diff call a setting is what the user types on the command line."""
-    nested = {"data": {"batch_size": 8, "shards": ["a", "b"]}, "teacher": None, "objective": {"terms": {}}}
-    expected = {"data.batch_size": 8, "data.shards": "['a', 'b']", "teacher": None, "objective.terms": "{}"}
-    assert flat(nested) == expected

@@ -8,7 +8,7 @@ import pytest
 from pydantic import Field, ValidationError, model_validator
 
 from kd_accel.schedules import Cosine, Scheduled
-from kd_accel.schema import ConfigError, Schema, dump, load, read
+from kd_accel.schema import ConfigError, Schema, dump, flat, load, read
 
 
 class Small(Schema):
@@ -268,3 +268,10 @@ def test_a_missing_file_hints_at_its_neighbour(write):
 def test_a_folder_is_no_config(tmp_path):
     with pytest.raises(ConfigError, match="cannot be read"):
         read(tmp_path)
+
+
+def test_flat_keeps_every_leaf_under_its_path():
+    """What trackers and the report's config diff call a setting is what the user types on the command line."""
+    nested = {"data": {"batch_size": 8, "shards": ["a", "b"]}, "teacher": None, "objective": {"terms": {}}}
+    expected = {"data.batch_size": 8, "data.shards": "['a', 'b']", "teacher": None, "objective.terms": "{}"}
+    assert flat(nested) == expected

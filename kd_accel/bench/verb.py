@@ -21,10 +21,10 @@ from kd_accel import assembly, distributed
 from kd_accel.bench.synthetic import SyntheticLoader
 from kd_accel.bench_config import BenchConfig
 from kd_accel.data.loader import rows_per_micro_batch
-from kd_accel.metrics import replace_text
 from kd_accel.plan.devices import this_device
 from kd_accel.plan.shapes import shapes_only
 from kd_accel.plan.step import inputs, student_cost, teachers_cost
+from kd_accel.text_files import replace_text
 from kd_accel.timing import Clock, span
 from kd_accel.train import Trainer
 

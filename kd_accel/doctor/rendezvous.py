@@ -23,7 +23,8 @@ from kd_accel import distributed, processes
 from kd_accel.config import TrainConfig
 from kd_accel.doctor.environment import SHOWN
 from kd_accel.doctor.findings import Finding, named
-from kd_accel.metrics import flat, installed
+from kd_accel.environment import installed
+from kd_accel.schema import flat
 
 MESSAGE = 2**20  # bytes
 MAX_SKEW_S = 1.0

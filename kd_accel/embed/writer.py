@@ -19,8 +19,7 @@ from kd_accel import distributed
 from kd_accel.data.embeddings import EmbeddingStore
 from kd_accel.data.store_files import INFO, StoreInfo, keys_sha256, map_shard, save_shard, shard_names, shard_starts
 from kd_accel.embed.job import Job
-from kd_accel.metrics import flat
-from kd_accel.schema import ConfigError, LocalError
+from kd_accel.schema import ConfigError, LocalError, flat
 
 BAD = "bad_samples.jsonl"
 

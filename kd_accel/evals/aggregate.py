@@ -13,7 +13,7 @@ from statistics import fmean
 from typing import Any
 
 from kd_accel.evals.tasks import IMAGENET_SHIFTS, SUITES, TASKS
-from kd_accel.metrics import replace_text
+from kd_accel.text_files import replace_text
 
 Row = dict[str, Any]  # of results.jsonl
 

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from kd_accel.distributed import is_main
 from kd_accel.evals.retrieval import UNIT, fixed_point
-from kd_accel.metrics import replace_text
+from kd_accel.text_files import replace_text
 
 if TYPE_CHECKING:
     from kd_accel.evals.features import SetFeatures

@@ -36,9 +36,9 @@ from kd_accel.evals.class_texts import CLASS_NAMES, TEMPLATES, read_lines
 from kd_accel.evals.prepare_sources import column, image_bytes, open_rows, require_column, value
 from kd_accel.evals.prompts import SIMPLE
 from kd_accel.evals.winogavil_set import QUESTIONS
-from kd_accel.metrics import replace_text
 from kd_accel.prepare_config import PrepareConfig
 from kd_accel.schema import ConfigError
+from kd_accel.text_files import replace_text
 
 SETTINGS = "prepare.json"  # what the tars of an unfinished split were begun with
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from kd_accel.evals.encoder import Encoder
-from kd_accel.metrics import read_rows, replace_text
+from kd_accel.text_files import read_rows, replace_text
 
 RESULTS, TABLE, DATACOMP = "results.jsonl", "evaluation_metrics_all.csv", "eval_results"
 NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)  # what file systems without locks answer, Lustre for one

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from kd_accel.export.origin import Origin
-from kd_accel.metrics import read_rows
 from kd_accel.report.numbers import number
 from kd_accel.report.pictures import Curve, Line
+from kd_accel.text_files import read_rows
 
 COLUMNS = 3
 PANEL = 3.2, 2.2  # inches

@@ -21,7 +21,6 @@ from kd_accel.config import teachers_of
 from kd_accel.data.loader import rows_per_micro_batch
 from kd_accel.data.open import open_source
 from kd_accel.fit import check_fit
-from kd_accel.metrics import replace_text
 from kd_accel.models.student import Student
 from kd_accel.plan.devices import TABLE, Device, device
 from kd_accel.plan.memory import STAGES, Memory, Peaks, Weights, checkpoint_bytes, memory, network_bytes
@@ -40,6 +39,7 @@ from kd_accel.plan.step import (
 )
 from kd_accel.plan_config import PlanConfig
 from kd_accel.schema import ConfigError
+from kd_accel.text_files import replace_text
 
 FEATURE_BYTES = 4  # compared in fp32
 

@@ -24,12 +24,12 @@ from kd_accel.data.folders import IMAGE_SUFFIXES
 from kd_accel.data.source import BadSample
 from kd_accel.data.transforms import decode, eval_view
 from kd_accel.evals.encoder import Encoder, load_encoder
-from kd_accel.metrics import replace_text
 from kd_accel.models.class_embeddings import read_names
 from kd_accel.predict.class_head import class_head_of
 from kd_accel.predict.page import page
 from kd_accel.predict_config import PredictConfig
 from kd_accel.schema import ConfigError
+from kd_accel.text_files import replace_text
 
 
 @dataclass(frozen=True)

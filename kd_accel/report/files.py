@@ -12,10 +12,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from kd_accel.metrics import replace_text
 from kd_accel.report.numbers import number
 from kd_accel.report.pictures import Panel, write_png
 from kd_accel.report.runs import Run
+from kd_accel.text_files import replace_text
 
 COLUMNS = ("run", "model", "step", "task", "key", "metric", "value")
 

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from kd_accel.metrics import read_rows
 from kd_accel.schema import ConfigError, read
+from kd_accel.text_files import read_rows
 
 MEMORY = "state/memory_*.safetensors"  # of a checkpoint: there training remembers confidences, by sample id
 

@@ -6,10 +6,9 @@ import json
 from typing import Any
 
 from kd_accel.config import TrainConfig
-from kd_accel.metrics import flat
 from kd_accel.report.page import Section, breakable, escape, fold, missing, note, swatch, table
 from kd_accel.report.runs import Run
-from kd_accel.schema import ConfigError, validate
+from kd_accel.schema import ConfigError, flat, validate
 
 
 def config_section(runs: list[Run]) -> Section:

@@ -38,7 +38,7 @@ from torch.utils.benchmark import Timer
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import tiny
 
-from kd_accel.metrics import replace_text
+from kd_accel.text_files import replace_text
 
 PAIRS = {"L14-B16": ("ViT-L-14", "ViT-B-16"), "B16-B32": ("ViT-B-16", "ViT-B-32")}
 LIVE, CHECKPOINTING, STORED = "live teacher", "checkpointing", "stored teacher"

@@ -32,7 +32,7 @@ from output import add_output, write
 from safetensors.torch import save_file
 
 from kd_accel.data.index import build_index, expand_shards
-from kd_accel.metrics import read_rows
+from kd_accel.text_files import read_rows
 
 WIDTHS = 8  # what they are divided by
 MODELS = {  # embedding, patch, layers and width of the pictures, width of the captions

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import tiny
 
 from kd_accel.data.index import build_index, expand_shards
-from kd_accel.metrics import read_rows
+from kd_accel.text_files import read_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 GOAL = 0.9

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from kd_accel.metrics import replace_text
+from kd_accel.text_files import replace_text
 
 
 def add_output(parser: argparse.ArgumentParser) -> None:

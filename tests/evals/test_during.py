@@ -19,8 +19,8 @@ from kd_accel.eval_config import EvalConfig
 from kd_accel.evals import during, evaluate, suite
 from kd_accel.evals.results import RESULTS, read_results
 from kd_accel.evals.tasks import TASKS
-from kd_accel.metrics import read_rows
 from kd_accel.schema import ConfigError, validate
+from kd_accel.text_files import read_rows
 from kd_accel.train import run
 from kd_accel.train_eval_config import TrainEvalConfig
 

@@ -13,7 +13,7 @@ import pytest
 from conftest import REPO
 
 from kd_accel.evals.results import append_row, columns, finished, read_results, write_tables
-from kd_accel.metrics import read_rows
+from kd_accel.text_files import read_rows
 
 
 def row(key="vtab/cifar100", step=10, *, model="run", task="zero_shot", weights="w1", **metrics):

@@ -10,11 +10,11 @@ import pytest
 from report_run import Page, add_examples, make_run, report, result, write_rows
 
 from kd_accel import cli
-from kd_accel.metrics import read_rows
 from kd_accel.report.pictures import COLORS
 from kd_accel.report.style import STYLE
 from kd_accel.report.verb import write_report
 from kd_accel.schema import ConfigError
+from kd_accel.text_files import read_rows
 
 pytest.importorskip("matplotlib", reason="the report needs the extra 'report'")
 
