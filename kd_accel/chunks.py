@@ -242,6 +242,7 @@ def _against(features: Features, scale: Tensor | float) -> Pair:
 
 
 def mean(first: Tensor, second: Tensor) -> Tensor:
+    """Of both directions, or both towers; number by number."""
     return (first + second) / 2
 
 

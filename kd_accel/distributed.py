@@ -109,42 +109,6 @@ def cut_like(value: Tensor, tensor: Tensor) -> Tensor:
     return distribute_tensor(value, tensor.device_mesh, tensor.placements) if isinstance(tensor, DTensor) else value
 
 
-def time_sum(num_bytes: int, device: torch.device) -> float:
-    """Seconds that an all-reduce of so many bytes takes, the median of five; collective."""
-    buffer = torch.zeros(num_bytes // 4, device=device)
-    return _median_time(lambda: dist.all_reduce(buffer), device)
-
-
-def time_exchange(partner: int | None, num_bytes: int, device: torch.device) -> float | None:
-    """Seconds until this rank and `partner` have so many bytes of each other, the median of five.
-
-    None for a rank without partner. Collective: partners are each other's, and all ranks begin together.
-    """
-    barrier()
-    if partner is None:
-        return None
-    mine, theirs = torch.zeros(2, num_bytes // 4, device=device)
-
-    def exchange() -> None:
-        ways = [dist.P2POp(dist.isend, mine, partner), dist.P2POp(dist.irecv, theirs, partner)]
-        for work in dist.batch_isend_irecv(ways):
-            work.wait()
-
-    return _median_time(exchange, device)
-
-
-def _median_time(act: Callable[[], None], device: torch.device, times: int = 5) -> float:
-    """The first time is not counted: it makes the connection."""
-    seconds = []
-    for _ in range(times + 1):
-        start = time.perf_counter()
-        act()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        seconds.append(time.perf_counter() - start)
-    return median(seconds[1:])
-
-
 def gather_objects(value: Any) -> list[Any]:
     """`value` of every rank, in rank order; for small picklable things of our own, never for tensors or user files."""
     if world_size() == 1:
@@ -214,3 +178,39 @@ def on_main(act: Callable[[], None]) -> None:
     with failing_together():
         if is_main():
             act()
+
+
+def time_sum(num_bytes: int, device: torch.device) -> float:
+    """Seconds that an all-reduce of so many bytes takes, the median of five; collective."""
+    buffer = torch.zeros(num_bytes // 4, device=device)
+    return _median_time(lambda: dist.all_reduce(buffer), device)
+
+
+def time_exchange(partner: int | None, num_bytes: int, device: torch.device) -> float | None:
+    """Seconds until this rank and `partner` have so many bytes of each other, the median of five.
+
+    None for a rank without partner. Collective: partners are each other's, and all ranks begin together.
+    """
+    barrier()
+    if partner is None:
+        return None
+    mine, theirs = torch.zeros(2, num_bytes // 4, device=device)
+
+    def exchange() -> None:
+        ways = [dist.P2POp(dist.isend, mine, partner), dist.P2POp(dist.irecv, theirs, partner)]
+        for work in dist.batch_isend_irecv(ways):
+            work.wait()
+
+    return _median_time(exchange, device)
+
+
+def _median_time(act: Callable[[], None], device: torch.device) -> float:
+    """Of five times; one before them is not counted, because it makes the connection."""
+    seconds = []
+    for _ in range(6):
+        start = time.perf_counter()
+        act()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    return median(seconds[1:])

@@ -59,10 +59,12 @@ class Clock:
         return {name: found[name] for name in (*SPANS, OTHER) if name in found}
 
     def enter(self, name: str) -> None:
+        """From now on the time is that of `name`, until `leave`."""
         self._open.append(name)
         self._mark()
 
     def leave(self) -> None:
+        """Back to what was timed before `enter`."""
         self._open.pop()
         self._mark()
 

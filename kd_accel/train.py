@@ -20,8 +20,9 @@ from kd_accel.bad_samples import count_bad_samples
 from kd_accel.blame import non_finite_rows
 from kd_accel.checkpoint import TrainState
 from kd_accel.config import TrainConfig
-from kd_accel.data.loader import rows_per_micro_batch
+from kd_accel.data.loader import TrainLoader, rows_per_micro_batch
 from kd_accel.data.open import check_there
+from kd_accel.data.stream_loader import StreamLoader
 from kd_accel.engine import Engine
 from kd_accel.environment import write_environment
 from kd_accel.episodes import Episodes
@@ -270,7 +271,7 @@ class Trainer:
 
     # Set-up -----------------------------------------------------------------------------------------------------------
 
-    def _build_loader(self):
+    def _build_loader(self) -> TrainLoader | StreamLoader:
         return assembly.build_loader(self.config, self.student, self.teachers)
 
     def _total_steps(self) -> int:
