@@ -72,7 +72,13 @@ import torch
 from kd_accel import distributed, processes
 from kd_accel.evals.features import deal
 processes.start_process_group(60)
-mine = torch.full(([2, 0, 3][distributed.rank()], 2), float(distributed.rank()))
+rank = distributed.rank()
+given = {"ids": 2 * rank + torch.arange(2.0), "rows": torch.full((2, 3), float(rank)), "cubes": torch.ones(2, 3, 4)}
+found = distributed.gather_rows(given)
+assert found["ids"].tolist() == [0, 1, 2, 3, 4, 5]
+assert found["rows"][:, 2].tolist() == [0, 0, 1, 1, 2, 2]
+assert found["cubes"].shape == (6, 3, 4) and found["cubes"].eq(1).all()
+mine = torch.full(([2, 0, 3][rank], 2), float(rank))
 assert distributed.gather_uneven_rows(mine)[:, 1].tolist() == [0, 0, 2, 2, 2]
 assert distributed.gather_uneven_rows(mine.long()[:, 0]).tolist() == [0, 0, 2, 2, 2]
 assert distributed.gather_uneven_rows(mine[:0]).shape == (0, 2)
@@ -81,8 +87,8 @@ processes.end_process(0)
 """
 
 
-def test_uneven_rows_are_gathered_in_rank_order(tmp_path, run_ranks):
-    """Two, none and three rows; floats and integers; no rows at all. Whole batches are dealt, whatever the ranks."""
+def test_rows_are_gathered_in_rank_order(tmp_path, run_ranks):
+    """Of several shapes at once; two, none and three; none at all. Whole batches are dealt, whatever the ranks."""
     script = tmp_path / "gather.py"
     script.write_text(GATHER)
     run_ranks(script, nproc=3)
