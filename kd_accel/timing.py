@@ -17,7 +17,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
-SPANS = ("data", "transfer", "student", "teacher", "objective", "gather", "backward", "optimizer", "checkpoint")
+SPANS = ("data", "transfer", "student", "teacher", "objective", "gather", "backward", "optimizer")
 OTHER = "other"  # what no span names
 
 _running: Clock | None = None

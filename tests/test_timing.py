@@ -73,6 +73,6 @@ def test_training_logs_where_a_step_went(tmp_path, train_shards, tiny_teacher):
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     for row in rows:
         split = {key.removeprefix("seconds/"): value for key, value in row.items() if key.startswith("seconds/")}
-        assert split.keys() == {*SPANS, OTHER} - {"gather", "checkpoint"}  # one process; saved between steps
+        assert split.keys() == {*SPANS, OTHER} - {"gather"}  # one process
         assert all(seconds > 0 for seconds in split.values())
     assert "seconds/" not in (tmp_path / "run/out.log").read_text()
