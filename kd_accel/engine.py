@@ -6,6 +6,7 @@ The rest of kd_accel never asks which engine runs: one process, DDP, ZeRO 1, 2, 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,7 @@ from kd_accel.stored_teacher import StoredTeacher
 from kd_accel.timing import span
 from kd_accel.types import Batch
 
+K = TypeVar("K")
 Rows = dict[str, Tensor]  # features by name, [b, d] each
 
 
@@ -99,8 +101,8 @@ class Engine:
             for batch in batches:
                 self._looked_at.append((batch, RandomState()))
                 said.append(self._run(batch))
-        self._features = _joined([student for student, _ in said])
-        return self._features, {name: _joined([teachers[name] for _, teachers in said]) for name in said[0][1]}
+        self._features = concatenated([student for student, _ in said])
+        return self._features, {name: concatenated([teachers[name] for _, teachers in said]) for name in said[0][1]}
 
     def backward(self, gradients: Rows) -> None:
         """Send the gradients of the features that `forward` returned into the student."""
@@ -217,7 +219,8 @@ class Engine:
         assert kind == wanted, f"the launch asked for {wanted}, Accelerate prepared {kind}"
 
 
-def _joined(parts: list[Rows]) -> Rows:
+def concatenated(parts: list[dict[K, Tensor]]) -> dict[K, Tensor]:
+    """By name, the rows of all parts, which have the same names, one behind the other."""
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 

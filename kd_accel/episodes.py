@@ -23,7 +23,7 @@ from torch import Tensor
 from kd_accel import distributed
 from kd_accel.chunks import through_head
 from kd_accel.data.loader import TrainLoader
-from kd_accel.engine import Engine
+from kd_accel.engine import Engine, concatenated
 from kd_accel.losses.prototypes import cluster_means
 from kd_accel.memory import Prototypes
 from kd_accel.models.kmeans import kmeans
@@ -144,7 +144,7 @@ def coming_features(
             parts.append(gathered if keep else {source: rows[:0] for source, rows in gathered.items()})
     finally:
         engine.module.train(training)
-    return torch.cat(ids), _joined(parts), _joined(finite)
+    return torch.cat(ids), concatenated(parts), concatenated(finite)
 
 
 def cluster(
@@ -180,10 +180,6 @@ def _features(source: Source, student: dict[str, Tensor], teachers: dict[str, di
     """Raw features of a tower: a teacher's, or what the student's prototype head makes, or the student's own."""
     owner, tower = source
     return teachers[owner][tower] if owner is not None else student[through_head("prototype", tower, student)]
-
-
-def _joined(parts: list[dict[Source, Tensor]]) -> dict[Source, Tensor]:
-    return {source: torch.cat([part[source] for part in parts]) for source in parts[0]}
 
 
 def _check_enough(name: str, term: Prototype, usable: Tensor, progress: Progress) -> None:
