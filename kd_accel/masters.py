@@ -89,7 +89,7 @@ class Masters:
         return Held(max(steps, default=0), shapes, parts, values, untrained)
 
     def averages(self) -> dict[str, Tensor]:
-        """The moving average of each trained parameter, fp32 on the CPU; {} where none is kept, and not on rank 0."""
+        """The moving average of each trained parameter, fp32 on the CPU; filled on rank 0, where one is kept."""
         if not self._keeps_average():
             return {}
         self._link_moments()
