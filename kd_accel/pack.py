@@ -20,13 +20,15 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from webdataset import TarWriter
 
-from kd_accel.data.index import build_index, write_atomically
+from kd_accel.data.index import build_index
 from kd_accel.data.open import open_one
 from kd_accel.data.resize import describe, resized
 from kd_accel.data.source import BadSample, Sample, Source
 from kd_accel.data.workers import is_lost_worker
 from kd_accel.pack_config import PackConfig
 from kd_accel.schema import ConfigError
+from kd_accel.text_files import replace_text
+from kd_accel.whole_files import replacing
 
 SETTINGS = "pack.json"  # what the shards of a folder were written with
 FREE = ("num_workers",)  # settings that change no byte
@@ -70,7 +72,8 @@ class _Shards(Dataset):
         """Samples written; an error is returned, since torch would bury its one line in the worker's traceback."""
         path, bad = self.paths[number], []
         try:
-            write_atomically(path, lambda file: self._write(number, file, bad))
+            with replacing(path) as temporary, temporary.open("wb") as file:
+                self._write(number, file, bad)
         except OSError as error:
             return ConfigError(f"{path}: {error}: run again after that is mended; the whole shards stay")
         return len(self.ranges[number]) - len(bad)
@@ -86,8 +89,7 @@ class _Shards(Dataset):
                     continue
                 tar.write({"__key__": f"{sample_id:09d}", **members})
         if bad:  # before the shard has its name: one that is whole has its list
-            lines = [json.dumps(record).encode() + b"\n" for record in bad]
-            write_atomically(_bad_path(self.paths[number]), lambda file: file.writelines(lines))
+            replace_text(_bad_path(self.paths[number]), "".join(json.dumps(record) + "\n" for record in bad))
 
     def _members(self, sample: Sample) -> dict[str, bytes]:
         """{extension: content}; raises BadSample for a picture or a text that cannot be stored."""
@@ -135,7 +137,7 @@ def _claim(out: Path, config: PackConfig, num_samples: int) -> None:
         for left in out.glob(".*.tmp"):  # by a run that was killed
             left.unlink(missing_ok=True)
         if before is None:
-            write_atomically(path, lambda file: file.write(json.dumps(settings, indent=1).encode()))
+            replace_text(path, json.dumps(settings, indent=1))
     except OSError as error:
         raise ConfigError(f"out={out}: cannot be written: {error.strerror}") from None
     for name, value in settings.items():
@@ -170,9 +172,9 @@ def _write_all(shards: _Shards, numbers: list[int], num_workers: int) -> Iterato
 def _list_bad(paths: list[Path], to: Path) -> int:
     """Join the shards' lists; returns how many samples they hold. Without any there is no file."""
     lists = [_bad_path(path) for path in paths if _bad_path(path).exists()]
-    lines = [line for path in lists for line in path.read_bytes().splitlines(keepends=True)]
+    lines = [line for path in lists for line in path.read_text(encoding="utf-8").splitlines(keepends=True)]
     if lines:
-        write_atomically(to, lambda file: file.writelines(lines))
+        replace_text(to, "".join(lines))
     return len(lines)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from kd_accel.schema import ConfigError
+from kd_accel.whole_files import replacing
 
 log = logging.getLogger("kd_accel")
 
@@ -58,12 +59,8 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 def replace_text(path: Path, text: str) -> None:
     """Write `path` so that a reader, or a crash, sees the old text or the new one and nothing between."""
-    partial = path.with_name(path.name + ".tmp")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def to_json(row: dict[str, Any]) -> str:

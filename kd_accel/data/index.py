@@ -13,10 +13,9 @@ import json
 import os
 import tempfile
 import zipfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from braceexpand import UnbalancedBracesError, braceexpand
@@ -24,6 +23,8 @@ from tqdm import tqdm
 
 from kd_accel.data.scan import Samples, scan
 from kd_accel.schema import ConfigError
+from kd_accel.text_files import replace_text
+from kd_accel.whole_files import replacing
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")  # the first one that a sample has is its image
 SIDECAR = ".idx.npz"  # instead of .tar
@@ -174,7 +175,8 @@ def _write_sidecar(path: Path, samples: Samples) -> None:
         "sizes": table[..., 1],
         "tar_bytes": np.int64(path.stat().st_size),
     }
-    write_atomically(_sidecar(path), lambda file: np.savez(file, **arrays))
+    with replacing(_sidecar(path)) as temporary, temporary.open("wb") as file:
+        np.savez(file, **arrays)
 
 
 def _write_manifest(folder: Path) -> None:
@@ -185,24 +187,11 @@ def _write_manifest(folder: Path) -> None:
         sizes, tar_bytes = read_sidecar(tar, "sizes", "tar_bytes")
         rows.append({"file": tar.name, "samples": len(sizes), "bytes": int(tar_bytes)})
     manifest = {"samples": sum(row["samples"] for row in rows), "shards": rows}
-    text = json.dumps(manifest, indent=1).encode() + b"\n"
+    text = json.dumps(manifest, indent=1) + "\n"
     path = folder / "manifest.json"
-    if not path.exists() or path.read_bytes() != text:  # a folder that is indexed may be read-only
+    if not path.exists() or path.read_bytes() != text.encode():  # a folder that is indexed may be read-only
         _require_writable(folder)
-        write_atomically(path, lambda file: file.write(text))
-
-
-def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """`path` holds all of what `write` writes, or what it held before."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        replace_text(path, text)
 
 
 def _load_shard(path: Path, members: list[tuple[str, ...]]) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[str]]:

@@ -24,9 +24,10 @@ from tqdm import tqdm
 from kd_accel.cache_config import CacheConfig
 from kd_accel.data.cache import ShardCache
 from kd_accel.data.fetcher import Fetcher
-from kd_accel.data.index import SIDECAR, num_indexed, read_sidecar, write_atomically, write_index
+from kd_accel.data.index import SIDECAR, num_indexed, read_sidecar, write_index
 from kd_accel.data.remote import Patience, beside, describe, file_name, is_remote, list_folder, read_bytes, shown
 from kd_accel.schema import ConfigError
+from kd_accel.whole_files import replacing
 
 SMALL_FILES_AT_A_TIME = 16
 _TAR = re.compile(r"[^/\\\x00]+\.tar")
@@ -158,7 +159,8 @@ def _fetch_manifest(url: str, cache: ShardCache) -> dict[str, dict]:
         path.unlink(missing_ok=True)
         return {}
     rows = _rows(content, shown(beside(url, "manifest.json")))
-    write_atomically(path, lambda file: file.write(content))
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)
     return rows
 
 
@@ -193,7 +195,8 @@ def _fetch_sidecar(url: str, cache: ShardCache) -> bool:
     content = read_bytes(beside(url, path.with_suffix(SIDECAR).name), cache.patience)
     if content is None:
         return False
-    write_atomically(path.with_suffix(SIDECAR), lambda file: file.write(content))
+    with replacing(path.with_suffix(SIDECAR)) as temporary:
+        temporary.write_bytes(content)
     path.unlink(missing_ok=True)
     return True
 

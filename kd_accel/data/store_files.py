@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -34,6 +33,8 @@ from kd_accel.data.source import Source
 from kd_accel.data.views import Views
 from kd_accel.data_config import DataConfig
 from kd_accel.schema import ConfigError, LocalError
+from kd_accel.text_files import replace_text
+from kd_accel.whole_files import replacing
 
 INFO = "store.json"
 FORMAT = "kd_accel.store/1"
@@ -60,10 +61,8 @@ class StoreInfo:
     format: str = FORMAT
 
     def write(self, folder: Path) -> None:
-        """STORE/store.json, atomically."""
-        temporary = folder / f".{INFO}.tmp"
-        temporary.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
-        os.replace(temporary, folder / INFO)
+        """STORE/store.json, complete or not at all."""
+        replace_text(folder / INFO, json.dumps(asdict(self), indent=1) + "\n")
 
     @staticmethod
     def read(folder: Path, key: str) -> StoreInfo:
@@ -150,10 +149,9 @@ def save_shard(path: Path, features: dict[str, Tensor], *, dtype: str, starts: T
     for tower, rows in features.items():
         packed, scale = pack_rows(rows, dtype)
         tensors |= {tower: packed.contiguous()} | ({} if scale is None else {f"{tower}_scale": scale.contiguous()})
-    temporary = path.with_name(f".{path.name}.tmp")
-    save_file(tensors, temporary, metadata={METADATA: json.dumps(metadata)})
-    temporary.chmod(0o644)  # safetensors makes files that only their owner can read
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        save_file(tensors, temporary, metadata={METADATA: json.dumps(metadata)})
+        temporary.chmod(0o644)  # safetensors makes files that only their owner can read
 
 
 def map_shard(path: Path, key: str) -> Shard:

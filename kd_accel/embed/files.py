@@ -5,7 +5,6 @@ A sample's file is named by its key without folder and extension.
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Iterator
 from functools import partial
@@ -24,6 +23,7 @@ from kd_accel.embed.job import Job
 from kd_accel.embed.writer import ShardRows
 from kd_accel.embed_config import EmbedConfig
 from kd_accel.schema import ConfigError
+from kd_accel.whole_files import replacing
 
 
 def width(path: str) -> int:
@@ -155,6 +155,5 @@ def _stems(source: Source) -> list[str]:
 
 
 def _save(path: Path, rows: np.ndarray) -> None:
-    temporary = path.with_name(f".{path.name}.tmp.npy")
-    np.save(temporary, rows)
-    os.replace(temporary, path)
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        np.save(file, rows)

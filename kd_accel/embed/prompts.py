@@ -6,7 +6,6 @@ kd-accel embed TRAIN.yaml prompts=classes.txt 'prompt_templates=["a photo of a {
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 from safetensors.torch import save_file
@@ -16,6 +15,7 @@ from kd_accel.embed_config import EmbedConfig
 from kd_accel.models.class_embeddings import prompt_embeddings, read_names
 from kd_accel.models.teacher import Teacher
 from kd_accel.schema import ConfigError
+from kd_accel.whole_files import replacing
 
 
 def embed_prompts(config: EmbedConfig, teacher: Teacher) -> None:
@@ -27,12 +27,11 @@ def embed_prompts(config: EmbedConfig, teacher: Teacher) -> None:
         raise ConfigError(f"prompt_templates: '{odd[0]}' has no {{}}, where the line goes")
     rows = prompt_embeddings(names, config.prompt_templates, teacher)
     out = Path(config.out)
-    temporary = out.with_name(f".{out.name}.tmp")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        save_file({"embeddings": rows}, temporary, metadata={"names": json.dumps(names)})
-        temporary.chmod(0o644)  # safetensors makes files that only their owner can read
-        os.replace(temporary, out)
+        with replacing(out) as temporary:
+            save_file({"embeddings": rows}, temporary, metadata={"names": json.dumps(names)})
+            temporary.chmod(0o644)  # safetensors makes files that only their owner can read
     except OSError as error:
         raise ConfigError(f"out={out}: cannot be written ({error})") from None
     print(f"{len(names)} prompts, {rows.shape[1]} wide: {out}")

@@ -6,7 +6,6 @@ n samples of a shard, V views, m texts, d width.
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -20,6 +19,7 @@ from kd_accel.data.embeddings import EmbeddingStore
 from kd_accel.data.store_files import INFO, StoreInfo, keys_sha256, map_shard, save_shard, shard_names, shard_starts
 from kd_accel.embed.job import Job
 from kd_accel.schema import ConfigError, LocalError, flat
+from kd_accel.text_files import replace_text
 
 BAD = "bad_samples.jsonl"
 
@@ -106,9 +106,7 @@ def _summarise(job: Job, written: list[int], seconds: float) -> None:
     store = EmbeddingStore(job.out, key="out")
     store.attach(job.source, job.config.data)
     bad = list(store.bad_samples())
-    temporary = job.out / f".{BAD}.tmp"
-    temporary.write_text("".join(f"{json.dumps(record)}\n" for record in bad), encoding="utf-8")
-    os.replace(temporary, job.out / BAD)
+    replace_text(job.out / BAD, "".join(f"{json.dumps(record)}\n" for record in bad))
     names, sizes = shard_names(job.source), job.source.shard_sizes
     samples, total = int(sum(sizes[shard] for shard in written)), job.source.num_samples
     size = sum((job.out / name).stat().st_size for name in names)

@@ -14,9 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,6 +28,7 @@ from kd_accel.evals.ensemble import Ensemble
 from kd_accel.evals.features import SetFeatures, image_features, text_features
 from kd_accel.evals.sets import EvalSet, Sample
 from kd_accel.evals.zero_shot import classifier
+from kd_accel.whole_files import replacing
 
 log = logging.getLogger(__name__)
 
@@ -144,15 +143,12 @@ def _read(path: Path) -> tuple[Tensors | None, str | None]:
 
 def _write(path: Path, tensors: Tensors) -> None:
     """Complete or not at all; a warning where it is not."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # two evaluations may write the same
     stored = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(stored, partial, {"sha256": _checksum(stored)})
-        os.replace(partial, path)
+        with replacing(path) as temporary:
+            save_file(stored, temporary, {"sha256": _checksum(stored)})
     except (OSError, SafetensorError) as error:
-        with suppress(OSError):
-            partial.unlink()
         _warn("%s cannot be written, so its features are computed again next time: %s", path, error)
 
 

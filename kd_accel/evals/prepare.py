@@ -30,7 +30,6 @@ from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 from webdataset import TarWriter
 
-from kd_accel.data.index import write_atomically
 from kd_accel.data.resize import EXTENSIONS, FORMATS
 from kd_accel.evals.class_texts import CLASS_NAMES, TEMPLATES, read_lines
 from kd_accel.evals.prepare_sources import column, image_bytes, open_rows, require_column, value
@@ -39,6 +38,7 @@ from kd_accel.evals.winogavil_set import QUESTIONS
 from kd_accel.prepare_config import PrepareConfig
 from kd_accel.schema import ConfigError
 from kd_accel.text_files import replace_text
+from kd_accel.whole_files import replacing
 
 SETTINGS = "prepare.json"  # what the tars of an unfinished split were begun with
 
@@ -153,7 +153,8 @@ def _write(plan: _Plan, out: Path, config: PrepareConfig) -> None:
     for number, start in enumerate(starts):
         samples = range(start, min(start + config.samples_per_shard, len(plan.truths)))
         if not (part / f"{number}.tar").exists():
-            write_atomically(part / f"{number}.tar", lambda file, samples=samples: _write_tar(file, samples, plan))
+            with replacing(part / f"{number}.tar") as temporary, temporary.open("wb") as file:
+                _write_tar(file, samples, plan)
         bar.update(len(samples))
     bar.close()
     replace_text(part / "nshards.txt", f"{len(starts)}\n")

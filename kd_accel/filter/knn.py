@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from tqdm import tqdm
 
 from kd_accel.filter_config import ServiceConfig
 from kd_accel.schema import ConfigError
+from kd_accel.text_files import replace_text
 
 log = logging.getLogger(__name__)
 
@@ -40,10 +40,7 @@ def search(service: ServiceConfig, prompts: list[str], folder: Path) -> None:
                 found.setdefault(row[0], [*row, prompt])
     if len(failures) == len(prompts):
         raise ConfigError(f"service.url={service.url}: no prompt got an answer; the first: {failures[0]}")
-    temporary = folder / f".{FILE}.tmp"
-    lines = ["\t".join(row) + "\n" for row in (COLUMNS, *found.values())]
-    temporary.write_text("".join(lines), encoding="utf-8")
-    os.replace(temporary, folder / FILE)
+    replace_text(folder / FILE, "".join("\t".join(row) + "\n" for row in (COLUMNS, *found.values())))
     print(f"{len(found):,} urls for {len(prompts) - len(failures):,} of {len(prompts):,} prompts: {folder / FILE}")
     if failures:
         log.warning("%d prompts got no answer, the first: %s", len(failures), failures[0])

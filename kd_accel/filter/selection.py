@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import tarfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ import torch
 from kd_accel.data.index import build_index, expand_shards
 from kd_accel.filter.scoring import TopK, best_first, distinct
 from kd_accel.filter_config import FilterConfig
+from kd_accel.whole_files import replacing
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,13 +106,11 @@ def write_tars(scored: Scored, kept: np.ndarray, shards: str | list[str], out: P
 
 
 def _copy(path: Path, target: Path, keys: set[str]) -> None:
-    temporary = target.with_name(f".{target.name}.tmp")
-    with tarfile.open(path, "r:") as tar, tarfile.open(temporary, "w") as copy:
+    with replacing(target) as temporary, tarfile.open(path, "r:") as tar, tarfile.open(temporary, "w") as copy:
         for member in filter(tarfile.TarInfo.isreg, tar):
             folder, slash, name = member.name.rpartition("/")
             if folder + slash + name.partition(".")[0] in keys:
                 copy.addfile(member, tar.extractfile(member))
-    os.replace(temporary, target)
 
 
 def _columns_of(part: Path) -> dict[str, np.ndarray]:

@@ -14,7 +14,6 @@ n images of a shard, d embedding width.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,7 +42,9 @@ from kd_accel.models.teacher import Teacher
 from kd_accel.models.towers import encode_image
 from kd_accel.schema import ConfigError
 from kd_accel.stored_teacher import NAMED_BY, check_store, teacher_in_words
+from kd_accel.text_files import replace_text
 from kd_accel.types import ImageInput
+from kd_accel.whole_files import replacing
 
 SETTINGS = "settings.json"
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -233,7 +234,7 @@ def _same_settings(config: FilterConfig, section: TeacherConfig | None, out: Pat
                 " delete this one"
             )
     file.parent.mkdir(exist_ok=True)
-    _replace(file, json.dumps(asked, indent=1).encode())
+    replace_text(file, json.dumps(asked, indent=1))
 
 
 def _candidates(part: Path) -> dict[str, np.ndarray]:
@@ -242,16 +243,8 @@ def _candidates(part: Path) -> dict[str, np.ndarray]:
 
 
 def _save(part: Path, columns: dict[str, Any]) -> None:
-    temporary = part.with_name(f".{part.name}.tmp")
-    with temporary.open("wb") as file:
+    with replacing(part) as temporary, temporary.open("wb") as file:
         np.savez(file, **columns)
-    os.replace(temporary, part)
-
-
-def _replace(file: Path, content: bytes) -> None:
-    temporary = file.with_name(f".{file.name}.tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, file)
 
 
 def _write(out: Path, scored: Scored, kept: np.ndarray) -> None:
@@ -263,12 +256,12 @@ def _write(out: Path, scored: Scored, kept: np.ndarray) -> None:
         "best_prompt": scored.best,
         "score": scored.score,
     }
-    temporary = out / ".scores.parquet.tmp"
-    pq.write_table(pa.table(columns), temporary)
-    os.replace(temporary, out / "scores.parquet")
+    with replacing(out / "scores.parquet") as temporary:
+        pq.write_table(pa.table(columns), temporary)
     errors = [
         {"key": str(scored.key[i]), "shard": scored.files[scored.shard[i]], "index": int(scored.row[i]), "reason": why}
         for i, why in scored.bad.items()
     ]
-    _replace(out / "errors.jsonl", "".join(json.dumps(line) + "\n" for line in errors).encode())
-    _replace(out / "selected.txt", "".join(f"{key}\n" for key in scored.key[kept]).encode("utf-8", "backslashreplace"))
+    replace_text(out / "errors.jsonl", "".join(json.dumps(line) + "\n" for line in errors))
+    selected = "".join(f"{key}\n" for key in scored.key[kept])
+    replace_text(out / "selected.txt", selected.encode("utf-8", "backslashreplace").decode())

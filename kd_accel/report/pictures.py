@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from kd_accel.schema import ConfigError
+from kd_accel.whole_files import replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -117,9 +118,8 @@ def write_png(panel: Panel, path: Path) -> None:
         figure.axes[0].set_title(_short(panel.name), fontsize=9)
         if several:
             figure.legend(loc="outside right upper", frameon=False, fontsize=7)
-        partial = path.with_name(path.name + ".tmp")
-        figure.savefig(partial, format="png", dpi=200, metadata={"Software": None})
-        partial.replace(path)
+        with replacing(path) as temporary:
+            figure.savefig(temporary, format="png", dpi=200, metadata={"Software": None})
 
 
 def thinned(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
