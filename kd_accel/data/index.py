@@ -26,7 +26,6 @@ from kd_accel.schema import ConfigError
 from kd_accel.text_files import replace_text
 from kd_accel.whole_files import replacing
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")  # the first one that a sample has is its image
 SIDECAR = ".idx.npz"  # instead of .tar
 MAX_EXTENSIONS = 64  # per tar; more means that the names carry a dot before the extension
 

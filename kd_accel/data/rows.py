@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from kd_accel.data.columns import Fields
-from kd_accel.data.shards import MAX_LABEL_DIGITS
+from kd_accel.data.members import class_number
 from kd_accel.data.source import BadSample, Sample, Source
 from kd_accel.schema import ConfigError
 
@@ -97,7 +97,7 @@ class RowSource(Source):
         captions, synthetic = (_texts(row, columns) for columns in (fields.captions, fields.synthetic))
         if fields.captions and not captions:
             raise BadSample("caption is empty")
-        label = None if fields.label is None else _label(row[fields.label])
+        label = None if fields.label is None else class_number(_text(row[fields.label]))
         image = None if fields.image is None else _image(row[fields.image], self._part(sample_id)[0].folder)
         return Sample(sample_id, self.key(sample_id), image, captions, label, synthetic)
 
@@ -139,11 +139,8 @@ def _values(value: str | list[str] | None) -> list[str | None]:
     return [*value] if isinstance(value, list) else [value]
 
 
-def _label(value: int | str | None) -> int:
-    text = "" if value is None else str(value).strip()
-    if not text.isdecimal() or len(text) > MAX_LABEL_DIGITS:
-        raise BadSample(f"label is not a whole number: {text[:20]!r}")
-    return int(text)
+def _text(value: int | str | None) -> str:
+    return "" if value is None else str(value)
 
 
 def _image(value: str | bytes | dict | None, folder: Path) -> bytes:

@@ -2,35 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from kd_accel.data.index import IMAGE_EXTENSIONS, ShardIndex, load_index
+from kd_accel.data.index import ShardIndex, load_index
+from kd_accel.data.members import IMAGE_EXTENSIONS, Field, class_number, texts_of
 from kd_accel.data.remote import shown
 from kd_accel.data.remote_shards import RemoteShards
 from kd_accel.data.source import BadSample, Sample, Source
 
-MAX_LABEL_DIGITS = 18  # what surely fits into int64
 MAX_OPEN = 64  # shards per process; thousands of shards would run into the limit on open files
-
-
-@dataclass(frozen=True)
-class Field:
-    """Where a text lies: in a member of its own, or under a key of a json member."""
-
-    extension: str
-    key: str | None
-
-    @staticmethod
-    def parse(text: str) -> Field:
-        """`EXTENSION` or `EXTENSION:KEY`."""
-        extension, colon, key = text.partition(":")
-        return Field(extension, key if colon else None)
 
 
 class TarSource(Source):
@@ -73,7 +57,10 @@ class TarSource(Source):
         captions = self._texts(sample_id, self._captions, column, "caption")
         column += len(self._captions)
         synthetic = self._texts(sample_id, self._synthetic, column, "synthetic caption")
-        label = None if self._label is None else self._class_number(sample_id, column + len(self._synthetic))
+        label = None
+        if self._label is not None:
+            member = self._member(sample_id, column + len(self._synthetic), "label")
+            label = class_number(member.decode("ascii", "replace"))
         return Sample(sample_id, self.key(sample_id), image, captions, label, synthetic)
 
     def key(self, sample_id: int) -> str:
@@ -103,19 +90,7 @@ class TarSource(Source):
     def _texts(self, sample_id: int, fields: list[Field], column: int, name: str) -> tuple[str, ...]:
         """What the fields that the sample has say, at least one text; () where there are no fields."""
         has = [i for i, _ in enumerate(fields) if self.index.offsets[sample_id, column + i] >= 0]
-        if fields and not has:
-            raise BadSample(f"{name} member is missing")
-        found = [said(self._member(sample_id, column + i, name), fields[i], name) for i in has]
-        texts = tuple(text.strip() for texts_of in found for text in texts_of)
-        if fields and not (texts and all(texts)):
-            raise BadSample(f"{name} is empty")
-        return texts
-
-    def _class_number(self, sample_id: int, column: int) -> int:
-        text = self._member(sample_id, column, "label").decode("ascii", "replace").strip()
-        if not text.isdecimal() or len(text) > MAX_LABEL_DIGITS:
-            raise BadSample(f"label is not a whole number: {text[:20]!r}")
-        return int(text)
+        return texts_of([(fields[i], self._member(sample_id, column + i, name)) for i in has], name) if fields else ()
 
     def _shard(self, sample_id: int) -> int:
         return int(np.searchsorted(self.index.starts, sample_id, side="right")) - 1
@@ -138,18 +113,3 @@ class TarSource(Source):
             path = self.paths[shard]
             self._files[shard] = os.open(path, os.O_RDONLY) if self._remote is None else self._remote.open(shard)
         return self._files[shard]
-
-
-def said(data: bytes, field: Field, name: str) -> list[str]:
-    """The texts in a member; raises BadSample for what holds none."""
-    try:
-        text = data.decode("utf-8")
-        value = text if field.key is None else json.loads(text)[field.key]
-    except UnicodeDecodeError:
-        raise BadSample(f"{name} is not UTF-8") from None
-    except (ValueError, KeyError, TypeError, RecursionError):
-        raise BadSample(f"{name}: .{field.extension} is not JSON with the key {field.key}") from None
-    texts = value if isinstance(value, list) else [value]
-    if not all(isinstance(text, str) for text in texts):
-        raise BadSample(f"{name}: {field.extension}:{field.key} is not text")
-    return texts

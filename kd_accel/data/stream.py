@@ -22,9 +22,8 @@ from braceexpand import UnbalancedBracesError, braceexpand
 from webdataset.gopen import gopen
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
-from kd_accel.data.index import IMAGE_EXTENSIONS
+from kd_accel.data.members import IMAGE_EXTENSIONS, Field, class_number, texts_of
 from kd_accel.data.remote import is_remote, shown
-from kd_accel.data.shards import MAX_LABEL_DIGITS, Field, said
 from kd_accel.data.source import BadSample, Sample
 from kd_accel.schema import ConfigError, LocalError
 
@@ -131,7 +130,9 @@ class TarStream:
             image = _first(members, IMAGE_EXTENSIONS, "image") if self._image else None
             captions = _texts(members, self._captions, "caption")
             synthetic = _texts(members, self._synthetic, "synthetic caption")
-            label = None if self._label is None else _class_number(_first(members, (self._label,), "label"))
+            label = None
+            if self._label is not None:
+                label = class_number(_first(members, (self._label,), "label").decode("ascii", "replace"))
         except BadSample as bad:
             return Unusable(shown(url), key, bad.reason)
         return Sample(_id_of(url, key), key, image, captions, label, synthetic)
@@ -157,17 +158,5 @@ def _first(members: dict[str, bytes], extensions: tuple[str, ...], name: str) ->
 
 
 def _texts(members: dict[str, bytes], fields: list[Field], name: str) -> tuple[str, ...]:
-    has = [field for field in fields if field.extension in members]
-    if fields and not has:
-        raise BadSample(f"{name} member is missing")
-    texts = tuple(text.strip() for field in has for text in said(members[field.extension], field, name))
-    if fields and not (texts and all(texts)):
-        raise BadSample(f"{name} is empty")
-    return texts
-
-
-def _class_number(member: bytes) -> int:
-    text = member.decode("ascii", "replace").strip()
-    if not text.isdecimal() or len(text) > MAX_LABEL_DIGITS:
-        raise BadSample(f"label is not a whole number: {text[:20]!r}")
-    return int(text)
+    has = [(field, members[field.extension]) for field in fields if field.extension in members]
+    return texts_of(has, name) if fields else ()

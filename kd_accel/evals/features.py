@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from kd_accel import distributed
-from kd_accel.data.shards import BadSample
+from kd_accel.data.source import BadSample
 from kd_accel.data.transforms import eval_view
 from kd_accel.data.workers import items_of
 from kd_accel.evals.encoder import Encoder

@@ -8,11 +8,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from kd_accel.data.shards import BadSample
+from kd_accel.data.source import BadSample
 from kd_accel.data.transforms import decode
 from kd_accel.schema import ConfigError
-
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 
 
 class SetError(ConfigError):

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from kd_accel.evals.sets import IMAGE_EXTENSIONS, EvalSet, Sample
+from kd_accel.data.members import IMAGE_EXTENSIONS
+from kd_accel.evals.sets import EvalSet, Sample
 from kd_accel.schema import ConfigError
 
 MARKERS = ("dataset_type.txt", "classnames.txt", "test/nshards.txt")  # any of them makes a CLIP_benchmark folder

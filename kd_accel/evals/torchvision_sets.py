@@ -17,7 +17,7 @@ from typing import Any
 from PIL import Image
 from torchvision import datasets
 
-from kd_accel.data.shards import BadSample
+from kd_accel.data.source import BadSample
 from kd_accel.evals.class_texts import CLASS_NAMES, OPENAI_LISTS, read_lines, templates
 from kd_accel.evals.prompts import PROMPTS, SIMPLE
 from kd_accel.evals.sets import EvalSet, Sample

@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kd_accel.data.members import IMAGE_EXTENSIONS
 from kd_accel.data.scan import scan
-from kd_accel.evals.sets import IMAGE_EXTENSIONS, EvalSet, Sample
+from kd_accel.evals.sets import EvalSet, Sample
 from kd_accel.evals.winogavil import Association
 from kd_accel.schema import ConfigError
 

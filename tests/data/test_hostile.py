@@ -21,7 +21,7 @@ from kd_accel.schema import ConfigError
 try:
     from kd_accel.data.source import BadSample
 except ImportError:
-    from kd_accel.data.shards import BadSample
+    from kd_accel.data.source import BadSample
 
 
 def tar_of(path: Path, *members: tuple[tarfile.TarInfo | str, bytes], format: int = tarfile.GNU_FORMAT) -> Path:

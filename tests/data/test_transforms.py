@@ -18,7 +18,7 @@ from PIL.JpegImagePlugin import JpegImageFile
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, PILToTensor, RandomResizedCrop, Resize
 
 from kd_accel.augment_config import AugmentConfig
-from kd_accel.data.shards import BadSample
+from kd_accel.data.source import BadSample
 from kd_accel.data.transforms import crop_box, decode, eval_view, random_box, train_view
 
 WHOLE = AugmentConfig(scale=(1, 1), ratio=(1, 1))  # of a square image

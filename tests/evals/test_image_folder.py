@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from open_clip import IMAGENET_CLASSNAMES
 
-from kd_accel.data.shards import BadSample
+from kd_accel.data.source import BadSample
 from kd_accel.data.transforms import decode
 from kd_accel.evals.image_folder import BIRDSNAP_EMPTY, open_image_folder
 from kd_accel.evals.prompts import IMAGENET

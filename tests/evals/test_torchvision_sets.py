@@ -14,7 +14,7 @@ from PIL import Image
 from scipy.io import savemat
 from torchvision import datasets
 
-from kd_accel.data.shards import BadSample
+from kd_accel.data.source import BadSample
 from kd_accel.data.transforms import decode
 from kd_accel.evals.torchvision_sets import SETS, open_torchvision
 from kd_accel.schema import ConfigError
