@@ -20,7 +20,10 @@ from urllib.parse import urlsplit
 
 from filelock import FileLock, Timeout
 
-from kd_accel.data.remote import Patience, beside, download, file_name, forget
+from kd_accel.cache_config import CacheConfig
+from kd_accel.data.patience import Patience
+from kd_accel.data.remote import download, forget
+from kd_accel.data.urls import beside, file_name
 
 log = logging.getLogger("kd_accel")
 
@@ -126,6 +129,12 @@ class ShardCache:
                 return False
             path.unlink()
             return True
+
+
+def open_cache(config: CacheConfig) -> ShardCache:
+    """The cache that `config` describes; its folder is made when the first file comes."""
+    patience = Patience(tries=config.tries, stall_seconds=config.stall_seconds)
+    return ShardCache(Path(config.folder).expanduser(), int(config.max_gib * 2**30), patience=patience)
 
 
 def _is_there(path: Path, size: int) -> bool:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from kd_accel.data.cache import ShardCache
-from kd_accel.data.remote import Patience
+from kd_accel.data.patience import Patience
 from kd_accel.schema import LocalError
 
 log = logging.getLogger("kd_accel")

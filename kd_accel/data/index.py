@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from braceexpand import UnbalancedBracesError, braceexpand
 from tqdm import tqdm
 
+from kd_accel.data.braces import expand_braces
 from kd_accel.data.scan import Samples, scan
 from kd_accel.schema import ConfigError
 from kd_accel.text_files import replace_text
@@ -55,8 +55,7 @@ def expand_shards(shards: str | list[str]) -> list[Path]:
 
     Raises ConfigError for a shard that is missing, given twice or not a .tar, and for a folder without tars.
     """
-    entries = [shards] if isinstance(shards, str) else shards
-    paths = [path for entry in entries for path in _expand(entry)]
+    paths = [path for name in expand_braces(shards, "data.shards") for path in _tars_of(Path(name))]
     if not paths:
         raise ConfigError("data.shards: names no shard")
     if other := [path for path in paths if path.suffix != ".tar"]:
@@ -116,19 +115,13 @@ def load_index(paths: list[Path], members: list[tuple[str, tuple[str, ...]]]) ->
     return ShardIndex(starts, offsets, sizes, keys)
 
 
-def _expand(entry: str) -> list[Path]:
-    try:
-        names = list(braceexpand(entry))
-    except UnbalancedBracesError:
-        raise ConfigError(f"data.shards: unbalanced braces in {entry}") from None
-    paths: list[Path] = []
-    for path in map(Path, names):
-        # macOS leaves ._NAME.tar beside every tar that it unpacks
-        found = sorted(tar for tar in path.glob("*.tar") if tar.name[0] != ".") if path.is_dir() else [path]
-        if not found:
-            raise ConfigError(f"data.shards: the folder {path} holds no .tar")
-        paths += found
-    return paths
+def _tars_of(path: Path) -> list[Path]:
+    """A tar, or those of a folder."""
+    # macOS leaves ._NAME.tar beside every tar that it unpacks
+    found = sorted(tar for tar in path.glob("*.tar") if tar.name[0] != ".") if path.is_dir() else [path]
+    if not found:
+        raise ConfigError(f"data.shards: the folder {path} holds no .tar")
+    return found
 
 
 def _sidecar(path: Path) -> Path:

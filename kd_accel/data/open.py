@@ -9,13 +9,15 @@ import numpy as np
 
 from kd_accel.cache_config import CacheConfig
 from kd_accel.config import sources_of
+from kd_accel.data.cache import open_cache
 from kd_accel.data.folders import existing_folder, open_folder
 from kd_accel.data.index import expand_shards
-from kd_accel.data.remote import is_remote
-from kd_accel.data.remote_shards import RemoteShards, expand_urls, open_cache
+from kd_accel.data.remote_index import expand_urls
+from kd_accel.data.remote_shards import RemoteShards
 from kd_accel.data.shards import TarSource
 from kd_accel.data.source import Source, Sources
 from kd_accel.data.tables import expand_files, open_table
+from kd_accel.data.urls import is_remote
 from kd_accel.data_config import DataConfig, SourceConfig
 from kd_accel.schema import ConfigError
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 
-from kd_accel.data.remote_shards import shards_by_need
 from kd_accel.data.source import Source
 
 
@@ -26,3 +25,18 @@ class ReadAhead:
         if len(coming) and len(coming) != self._told:
             self._source.prefetch(coming.tolist())
             self._told = len(coming)
+
+
+def shards_by_need(order: np.ndarray, starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(shards in the order in which they are first read, the last batch that reads each one) of an epoch.
+
+    `order` [batches, B] sample ids, `starts` [shards + 1] the first id of each shard, then N. Those whose last batch is
+    still to come are what to prefetch, as far ahead as there is room.
+    """
+    shard_of = np.searchsorted(starts, order.ravel(), side="right") - 1
+    rows = np.arange(len(shard_of))
+    first, last = np.full(len(starts) - 1, len(rows)), np.full(len(starts) - 1, -1)
+    last[shard_of] = rows  # of several values the last one stays
+    first[shard_of[::-1]] = rows[::-1]
+    shards = np.argsort(first, kind="stable")[: np.count_nonzero(last >= 0)]
+    return shards, last[shards] // order.shape[1]

@@ -1,39 +1,29 @@
 """One remote file (http, https, s3, hf and what else fsspec opens): what there is of it, and fetching it despite cuts.
 
-A download goes on where it was cut, as long as the file is still the same one; it gives up only after `tries` failures
-in a row without a new byte. Credentials and headers come from fsspec's own config and the environment.
+A download goes on where it was cut, as long as the file is still the same one. Credentials and headers come from
+fsspec's own config and the environment.
 """
 
 from __future__ import annotations
 
 import base64
-import errno
 import hashlib
 import logging
 import os
-import random
-import re
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TypeVar
-from urllib.parse import urlsplit, urlunsplit
+from typing import IO
 
 import aiohttp
 import fsspec
 
+from kd_accel.data.patience import Patience, RemoteForbidden, RemoteMissing, persist
+from kd_accel.data.urls import shown
 from kd_accel.schema import ConfigError, LocalError
 
 log = logging.getLogger("kd_accel")
 
 BLOCK = 16 * 2**20  # bytes of one request: what a cut connection costs, and what a download holds in memory
-FIRST_DELAY, LONGEST_DELAY = 0.5, 60.0  # seconds before the second try, and at most
-_REMOTE = re.compile(r"(https?|s3a?|hf|gs|gcs|az|abfs)://[^/]")
-_TEMPORARY = (408, 425, 429)  # HTTP statuses that ask for patience; every other 4xx is an answer
-_LOCAL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)  # what no other try will change
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -46,36 +36,6 @@ class RemoteFile:
     md5: str | None = None
 
 
-@dataclass(frozen=True)
-class Patience:
-    """How long a server may fail."""
-
-    tries: int = 8  # in a row without a new byte
-    stall_seconds: float = 60.0  # without a byte, until a connection counts as cut
-
-
-def is_remote(entry: str) -> bool:
-    """Whether `entry` is a URL to be fetched, not a path."""
-    return _REMOTE.match(entry) is not None
-
-
-def beside(url: str, name: str) -> str:
-    """The URL of the file `name` in the folder of `url`; a query (an access token) is kept."""
-    parts = urlsplit(url)
-    return urlunsplit(parts._replace(path=f"{parts.path.rpartition('/')[0]}/{name}"))
-
-
-def file_name(url: str) -> str:
-    """The last part of the path."""
-    return urlsplit(url).path.rpartition("/")[2]
-
-
-def shown(url: str) -> str:
-    """`url` for people and logs: without password and query, which may be secrets."""
-    parts = urlsplit(url)
-    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
-
-
 def list_folder(url: str, patience: Patience) -> list[str]:
     """URLs of the *.tar directly in a folder of an object store, sorted. Raises LocalError when it cannot be read."""
 
@@ -83,7 +43,7 @@ def list_folder(url: str, patience: Patience) -> list[str]:
         fs, path = _filesystem(url, patience)
         return [fs.unstrip_protocol(name) for name in fs.ls(path, detail=False)]
 
-    return sorted(name for name in _persist(url, names, patience) if name.endswith(".tar"))
+    return sorted(name for name in persist(url, names, patience) if name.endswith(".tar"))
 
 
 def read_bytes(url: str, patience: Patience) -> bytes | None:
@@ -94,7 +54,7 @@ def read_bytes(url: str, patience: Patience) -> bytes | None:
         return bytes(fs.cat_file(path))
 
     try:
-        return _persist(url, content, patience)
+        return persist(url, content, patience)
     except RemoteMissing:
         return None
     except RemoteForbidden as error:  # also what an object store says of an absent file, to whoever may not list it
@@ -104,7 +64,7 @@ def read_bytes(url: str, patience: Patience) -> bytes | None:
 
 def describe(url: str, patience: Patience) -> RemoteFile:
     """What the server says of the file; raises LocalError when it is not there."""
-    return _persist(url, lambda: _describe(url, patience), patience)
+    return persist(url, lambda: _describe(url, patience), patience)
 
 
 def download(
@@ -131,21 +91,13 @@ def download(
         os.replace(part, target)
         forget(part)
 
-    _persist(url, attempt, patience, progress=lambda: part.stat().st_size if part.exists() else 0)
+    persist(url, attempt, patience, progress=lambda: part.stat().st_size if part.exists() else 0)
 
 
 def forget(part: Path) -> None:
     """Drop what has come so far."""
     part.unlink(missing_ok=True)
     part.with_suffix(".version").unlink(missing_ok=True)
-
-
-class RemoteMissing(LocalError):
-    """There is no such file."""
-
-
-class RemoteForbidden(LocalError):
-    """It may not be read."""
 
 
 def _filesystem(url: str, patience: Patience) -> tuple[fsspec.AbstractFileSystem, str]:
@@ -221,66 +173,3 @@ def _check(part: Path, file: RemoteFile, sha256: str | None) -> None:
         if found != wanted:
             forget(part)
             raise OSError(f"its {name} is {found}, not {wanted}")
-
-
-def _persist(url: str, attempt: Callable[[], T], patience: Patience, *, progress: Callable[[], int] = int) -> T:
-    """`attempt` until it succeeds; waits between tries, twice as long each time, by chance up to that.
-
-    `progress` (bytes so far): whoever gets on, however slowly, is not given up.
-    """
-    failures, reached = 0, progress()
-    while True:
-        try:
-            return attempt()
-        except ConfigError:
-            raise
-        except Exception as error:  # every library under fsspec has errors of its own
-            failures, reached = (failures + 1, reached) if progress() <= reached else (1, progress())
-            problem = _in_words(error)
-            if _is_answer(error):
-                raise _kind(error)(f"{shown(url)}: cannot be fetched: {problem}") from None
-            if failures >= patience.tries:
-                raise LocalError(f"{shown(url)}: given up after {failures} tries in a row: {problem}") from None
-            seconds = _delay(failures, error)
-        log.warning("%s: %s; trying again in %.1f s", shown(url), problem, seconds)
-        time.sleep(seconds)
-
-
-def _is_answer(error: Exception) -> bool:
-    """Whether trying again is no use."""
-    if isinstance(error, OSError) and error.errno in _LOCAL:
-        return True
-    status = _status(error)
-    if status is not None:
-        return 400 <= status < 500 and status not in _TEMPORARY
-    # fsspec calls every failed question about a http file FileNotFoundError and keeps the reason as its cause
-    missing = isinstance(error, FileNotFoundError) and not isinstance(error.__cause__, aiohttp.ClientError | OSError)
-    return missing or isinstance(error, PermissionError)
-
-
-def _kind(error: Exception) -> type[LocalError]:
-    status = _status(error)
-    if isinstance(error, PermissionError) or status in (401, 403):
-        return RemoteForbidden
-    missing = status in (404, 410) if status else isinstance(error, FileNotFoundError)
-    return RemoteMissing if missing else LocalError
-
-
-def _status(error: Exception) -> int | None:
-    return next((e.status for e in (error, error.__cause__) if isinstance(e, aiohttp.ClientResponseError)), None)
-
-
-def _delay(failures: int, error: Exception) -> float:
-    """Seconds; at least what the server asks for, in reason."""
-    seconds = random.uniform(0, min(FIRST_DELAY * 2**failures, LONGEST_DELAY))
-    cause = next((e for e in (error, error.__cause__) if isinstance(e, aiohttp.ClientResponseError)), None)
-    asked = cause.headers.get("Retry-After", "") if cause and cause.headers else ""
-    return max(seconds, min(float(asked), LONGEST_DELAY)) if asked.isdecimal() else seconds
-
-
-def _in_words(error: Exception) -> str:
-    """One line; of an error that only wraps another one, the other one."""
-    inner = error.__cause__ if isinstance(error.__cause__, aiohttp.ClientError | OSError) else error
-    status = _status(error)
-    words = f"HTTP {status} {getattr(inner, 'message', '')}".strip() if status else f"{type(inner).__name__}: {inner}"
-    return " ".join(words.split()).removesuffix(":")

@@ -10,9 +10,9 @@ import numpy as np
 
 from kd_accel.data.index import ShardIndex, load_index
 from kd_accel.data.members import IMAGE_EXTENSIONS, Field, class_number, texts_of
-from kd_accel.data.remote import shown
 from kd_accel.data.remote_shards import RemoteShards
 from kd_accel.data.source import BadSample, Sample, Source
+from kd_accel.data.urls import shown
 
 MAX_OPEN = 64  # shards per process; thousands of shards would run into the limit on open files
 

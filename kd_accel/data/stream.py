@@ -18,13 +18,13 @@ from typing import Any, BinaryIO
 import fsspec
 import numpy as np
 import webdataset as wds
-from braceexpand import UnbalancedBracesError, braceexpand
 from webdataset.gopen import gopen
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
+from kd_accel.data.braces import expand_braces
 from kd_accel.data.members import IMAGE_EXTENSIONS, Field, class_number, texts_of
-from kd_accel.data.remote import is_remote, shown
 from kd_accel.data.source import BadSample, Sample
+from kd_accel.data.urls import is_remote, shown
 from kd_accel.schema import ConfigError, LocalError
 
 log = logging.getLogger("kd_accel")
@@ -46,10 +46,7 @@ def expand_streams(shards: str | list[str], *, allow_pipe: bool) -> list[str]:
 
     Raises ConfigError for a file that is missing, and for a pipe unless `allow_pipe`: it is a command that is run.
     """
-    try:
-        urls = [u for entry in ([shards] if isinstance(shards, str) else shards) for u in braceexpand(entry)]
-    except UnbalancedBracesError as error:
-        raise ConfigError(f"data.shards: unbalanced braces: {error}") from None
+    urls = expand_braces(shards, "data.shards")
     for url in urls:
         if url.startswith(PIPE) and not allow_pipe:
             raise ConfigError(f"data.shards: {url} is a command: set data.allow_pipe=true to run it")

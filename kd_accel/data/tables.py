@@ -25,11 +25,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from braceexpand import UnbalancedBracesError, braceexpand
 from pyarrow import csv, parquet
 from pyarrow import json as arrow_json
 
 from kd_accel.data.annotations import coco_images, read_annotations
+from kd_accel.data.braces import expand_braces
 from kd_accel.data.columns import AUTO, Columns, Fields, is_embedded, pick, top_columns
 from kd_accel.data.rows import ArrowRows, Part, RowSource
 from kd_accel.schema import ConfigError, did_you_mean
@@ -74,11 +74,7 @@ def open_table(
 
 def expand_files(paths: str | list[str]) -> list[Path]:
     """The files that `paths` names, brace ranges expanded. Raises ConfigError for a missing one, or one given twice."""
-    entries = [paths] if isinstance(paths, str) else paths
-    try:
-        files = [Path(name) for entry in entries for name in braceexpand(entry)]
-    except UnbalancedBracesError:
-        raise ConfigError(f"data.table: unbalanced braces in {paths}") from None
+    files = [Path(name) for name in expand_braces(paths, "data.table")]
     if missing := [file for file in files if not file.is_file()]:
         hint = "; a folder of images is data.folder" if missing[0].is_dir() else ""
         raise ConfigError(f"data.table: {missing[0]}: no such file{hint}")
@@ -118,9 +114,9 @@ def _read_separated(file: Path, fields: Fields) -> pa.Table:
     numbered = all(name.isdecimal() for name in fields.keys())
     quotes = {"quote_char": False} if tabs else {"newlines_in_values": True}
     parsing = csv.ParseOptions(delimiter="\t" if tabs else ",", **quotes)
-    names = [str(i) for i in range(_width(header, parsing))] if numbered else None
-    found = names or _names(header, parsing)
-    wanted = top_columns(fields, found, file)
+    found = _names(header, parsing)
+    names = [str(i) for i in range(len(found))] if numbered else None
+    wanted = top_columns(fields, names or found, file)
     return csv.read_csv(
         file,
         read_options=csv.ReadOptions(block_size=BLOCK_BYTES, column_names=names),
@@ -136,10 +132,6 @@ def _read_separated(file: Path, fields: Fields) -> pa.Table:
 
 def _names(header: bytes, parsing: csv.ParseOptions) -> list[str]:
     return list(csv.read_csv(pa.BufferReader(header), parse_options=parsing).column_names)
-
-
-def _width(first: bytes, parsing: csv.ParseOptions) -> int:
-    return len(_names(first, parsing))
 
 
 def _read_jsonl(file: Path, fields: Fields) -> pa.Table:

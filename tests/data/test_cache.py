@@ -15,7 +15,7 @@ import pytest
 from faulty_server import FaultyServer
 
 from kd_accel.data.cache import ShardCache
-from kd_accel.data.remote import Patience
+from kd_accel.data.patience import Patience
 from kd_accel.schema import LocalError
 
 SIZE = 1000  # bytes of a shard here

@@ -12,17 +12,10 @@ import numpy as np
 import pytest
 from faulty_server import FaultyServer
 
-from kd_accel.data import remote
-from kd_accel.data.remote import (
-    Patience,
-    RemoteForbidden,
-    RemoteMissing,
-    beside,
-    download,
-    is_remote,
-    read_bytes,
-    shown,
-)
+from kd_accel.data import patience, remote
+from kd_accel.data.patience import Patience, RemoteForbidden, RemoteMissing
+from kd_accel.data.remote import download, read_bytes
+from kd_accel.data.urls import beside, is_remote, shown
 from kd_accel.schema import ConfigError, LocalError
 
 BLOCK = 10_000  # bytes of one request in these tests
@@ -33,7 +26,7 @@ PATIENCE = Patience(tries=3, stall_seconds=0.3)
 @pytest.fixture
 def server(monkeypatch):
     monkeypatch.setattr(remote, "BLOCK", BLOCK)
-    monkeypatch.setattr(remote, "FIRST_DELAY", 0.01)
+    monkeypatch.setattr(patience, "FIRST_DELAY", 0.01)
     with FaultyServer() as server:
         server.files["/d/0.tar"] = CONTENT
         yield server
@@ -132,7 +125,7 @@ def test_a_file_of_another_size_was_replaced(server, tmp_path):
 
 def test_nobody_there_is_one_line(tmp_path, monkeypatch, free_port, caplog):
     """After the tries, each of which the log shows."""
-    monkeypatch.setattr(remote, "FIRST_DELAY", 0.01)
+    monkeypatch.setattr(patience, "FIRST_DELAY", 0.01)
     with caplog.at_level(logging.WARNING), pytest.raises(ConfigError) as error:
         download(f"http://127.0.0.1:{free_port}/0.tar", tmp_path / "0.tar", part=tmp_path / "p", patience=PATIENCE)
     assert "\n" not in str(error.value)

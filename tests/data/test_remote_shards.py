@@ -19,12 +19,14 @@ import pytest
 from faulty_server import FaultyServer
 
 from kd_accel.cache_config import CacheConfig
-from kd_accel.data import remote
-from kd_accel.data.cache import ShardCache
+from kd_accel.data import patience, remote
+from kd_accel.data.cache import ShardCache, open_cache
 from kd_accel.data.index import read_sidecar
 from kd_accel.data.order import epoch_order
-from kd_accel.data.remote import Patience
-from kd_accel.data.remote_shards import RemoteShards, expand_urls, index_remote, open_cache, shards_by_need
+from kd_accel.data.patience import Patience
+from kd_accel.data.read_ahead import shards_by_need
+from kd_accel.data.remote_index import expand_urls, index_remote
+from kd_accel.data.remote_shards import RemoteShards
 from kd_accel.schema import ConfigError, LocalError
 
 SIZES = [3, 2, 4]  # samples per shard
@@ -38,7 +40,7 @@ def cache(tmp_path):
 @pytest.fixture
 def server(make_shards, monkeypatch):
     """An indexed folder at URL/d."""
-    monkeypatch.setattr(remote, "FIRST_DELAY", 0.01)
+    monkeypatch.setattr(patience, "FIRST_DELAY", 0.01)
     with FaultyServer() as server:
         server.files = {f"/d/{path.name}": path.read_bytes() for path in make_shards(SIZES).iterdir()}
         yield server
