@@ -24,7 +24,7 @@ from kd_accel.data.index import build_index
 from kd_accel.data.open import open_one
 from kd_accel.data.resize import describe, resized
 from kd_accel.data.source import BadSample, Sample, Source
-from kd_accel.data.workers import is_lost_worker
+from kd_accel.data.workers import as_it_is, is_lost_worker
 from kd_accel.pack_config import PackConfig
 from kd_accel.schema import ConfigError
 from kd_accel.text_files import replace_text
@@ -150,7 +150,7 @@ def _write_all(shards: _Shards, numbers: list[int], num_workers: int) -> Iterato
     """Samples of each shard, as the shards become ready."""
     workers = min(num_workers, len(numbers))
     ready = DataLoader(
-        shards, sampler=numbers, batch_size=None, num_workers=workers, collate_fn=_as_it_is, in_order=False
+        shards, sampler=numbers, batch_size=None, num_workers=workers, collate_fn=as_it_is, in_order=False
     )
     bar = tqdm(total=sum(len(shards.ranges[number]) for number in numbers), desc="pack", unit="sample", disable=None)
     with bar:
@@ -180,7 +180,3 @@ def _list_bad(paths: list[Path], to: Path) -> int:
 
 def _bad_path(shard: Path) -> Path:
     return shard.with_name(f".{shard.stem}.bad.jsonl")
-
-
-def _as_it_is(item):
-    return item

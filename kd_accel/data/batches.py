@@ -1,11 +1,13 @@
 """Samples to batches: views, drawn captions, each model's tokens, labels, and what is stored of the sample.
 
-`row` and `join` run in the loader's workers, `batch` in the training process.
+`row` and `join` run in the loader's workers, `steps` and `batch` in the training process.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import torch
@@ -91,6 +93,14 @@ class BatchMaker:
             labels=None if rows[0].label is None else torch.tensor([row.label for row in rows]),
             stored={name: store.read(ids, view=view, texts=texts_read) for name, store in self._stores.items()},
         )
+
+    def steps(
+        self, items: Iterable[tuple[Joined, list[dict]]], accumulate: int
+    ) -> Iterator[tuple[list[Batch], list[dict]]]:
+        """(the micro-batches of a step, records of its bad samples), of what the workers made."""
+        items = iter(items)
+        while step := list(islice(items, accumulate)):
+            yield [self.batch(joined) for joined, _ in step], [record for _, bad in step for record in bad]
 
     def batch(self, joined: Joined) -> Batch:
         """With every model's tokens under its name."""

@@ -78,15 +78,11 @@ class TrainLoader:
         A worker uses one thread: torch sees to its own, open_clip (on import) to the tokenizers'.
         """
         schedule = self._schedule(self.epoch, self.batches_done)
-        micro_batches = []
         with closing(items_of(self._rows, num_workers=self._config.num_workers, sampler=schedule)) as items:
-            for joined, bad in items:
+            for micro_batches, bad in self._maker.steps(items, self.accumulate):
                 self.bad_samples += bad
-                micro_batches.append(self._maker.batch(joined))
-                if len(micro_batches) == self.accumulate:
-                    self._count_batch()
-                    yield micro_batches
-                    micro_batches = []
+                self._count_batch()
+                yield micro_batches
 
     def take_bad(self) -> list[dict[str, Any]]:
         """{id, key, shard, reason, replaced_by, epoch} of each sample replaced in the batches since the last call."""

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import io
-import warnings
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
+from kd_accel.data.decoding import FORMATS, decoding
 from kd_accel.data.source import BadSample
 
 EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}  # stored as they come; others become JPEG
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # PIL would also hand EPS to Ghostscript
 MAX_JPEG = 65_500  # pixels of a side
 
 
@@ -20,22 +19,15 @@ def resized(image: bytes, short_side: int | None, quality: int) -> bytes:
     As it came where that is JPEG, PNG or WebP and small enough, else a JPEG of `quality` (1 to 100). EXIF rotations are
     not applied, as in training. Raises BadSample for what cannot be decoded to the last pixel, or be a JPEG.
     """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about EXIF and palette metadata
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            picture = Image.open(io.BytesIO(image), formats=FORMATS)
-            shrink = short_side is not None and min(picture.size) > short_side
-            size = _scaled(picture.size, short_side) if short_side is not None and shrink else picture.size
-            if picture.format in EXTENSIONS and not shrink:
-                picture.load()
-                return image
-            picture.draft("RGB", size)  # JPEG: decoded at the nearest larger eighth
-            smaller = picture.convert("RGB").resize(size, Image.Resampling.BICUBIC, reducing_gap=2.0)
-    except UnidentifiedImageError:
-        raise BadSample(f"image cannot be decoded: none of {', '.join(FORMATS)}") from None
-    except Exception as error:  # broken bytes raise OSError, SyntaxError, ValueError, struct.error and others
-        raise BadSample(f"image cannot be decoded: {type(error).__name__}: {error}") from error
+    with decoding():
+        picture = Image.open(io.BytesIO(image), formats=FORMATS)
+        shrink = short_side is not None and min(picture.size) > short_side
+        size = _scaled(picture.size, short_side) if short_side is not None and shrink else picture.size
+        if picture.format in EXTENSIONS and not shrink:
+            picture.load()
+            return image
+        picture.draft("RGB", size)  # JPEG: decoded at the nearest larger eighth
+        smaller = picture.convert("RGB").resize(size, Image.Resampling.BICUBIC, reducing_gap=2.0)
     return _jpeg(smaller, quality)
 
 

@@ -72,15 +72,11 @@ class StreamLoader:
     def __iter__(self) -> Iterator[list[Batch]]:
         shards_done = self._shards_done()
         stream = _Stream(self._stream, self._maker, self.batch_size, self._rank, self._world_size, shards_done)
-        micro_batches = []
         with closing(items_of(stream, num_workers=self._num_workers)) as items:
-            for joined, bad in items:
+            for micro_batches, bad in self._maker.steps(items, self.accumulate):
                 self.bad_samples += bad
-                micro_batches.append(self._maker.batch(joined))
-                if len(micro_batches) == self.accumulate:
-                    self._count_batch()
-                    yield micro_batches
-                    micro_batches = []
+                self._count_batch()
+                yield micro_batches
 
     def _count_batch(self) -> None:
         done = self.batches_done + 1

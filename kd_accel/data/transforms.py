@@ -4,27 +4,23 @@ from __future__ import annotations
 
 import io
 import math
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import lru_cache
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from open_clip.transform import image_transform
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile
 from torch import Tensor
 from torchvision.transforms import Compose
 
 from kd_accel.augment_config import AugmentConfig
 from kd_accel.data.augment import augmented, changes
+from kd_accel.data.decoding import FORMATS, decoding
 from kd_accel.data.source import BadSample
 from kd_accel.types import ImageInput
 
-# what is found behind the names .jpg, .png and .webp; PIL would also hand EPS to Ghostscript
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 MAX_SIDE = 100_000  # pixels; beside PIL's own bound on their product
 
 Box = tuple[float, float, float, float]  # left, upper, right, lower, in pixels
@@ -85,23 +81,7 @@ def random_box(size: tuple[int, int], augment: AugmentConfig, rng: np.random.Gen
     return left, upper, left + w, upper + h
 
 
-@contextmanager
-def _bad_samples() -> Iterator[None]:
-    """What PIL says of broken bytes, as BadSample; of metadata that nobody reads here it says nothing."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            yield
-    except BadSample:
-        raise
-    except UnidentifiedImageError:  # its message holds an address, and reasons are the same in every process
-        raise BadSample(f"image cannot be decoded: none of {', '.join(FORMATS)}") from None
-    except Exception as error:  # broken bytes raise OSError, SyntaxError, ValueError, struct.error and others
-        raise BadSample(f"image cannot be decoded: {type(error).__name__}: {error}") from error
-
-
-@_bad_samples()
+@decoding()
 def _opened(data: bytes) -> Image.Image:
     """The image by its header, nothing decoded yet."""
     image = Image.open(io.BytesIO(data), formats=FORMATS)
@@ -110,7 +90,7 @@ def _opened(data: bytes) -> Image.Image:
     return image
 
 
-@_bad_samples()
+@decoding()
 def _rgb(image: Image.Image) -> Image.Image:
     """The decoded pixels; without the copy that convert makes of what is RGB already."""
     image.load()

@@ -1,4 +1,4 @@
-"""The loader's worker processes: started so that they end with the training process, whatever ends that."""
+"""Worker processes of loaders: started so that they end with the process that they read for, whatever ends that."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def items_of(dataset: Dataset, *, num_workers: int, sampler: Iterable | None = N
         sampler=sampler,
         batch_size=None,
         num_workers=num_workers,
-        collate_fn=_as_it_is,
+        collate_fn=as_it_is,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # torch would draw the workers' seed from the global generator
     )
@@ -44,5 +44,6 @@ def is_lost_worker(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker (pid")
 
 
-def _as_it_is(item: Any) -> Any:
+def as_it_is(item: Any) -> Any:
+    """For collate_fn, where an item is whole as it comes."""
     return item

@@ -6,15 +6,18 @@ b samples of a block, n of a shard, V views, m texts, T tokens, d width.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from kd_accel.data.captions import all_texts
 from kd_accel.data.source import BadSample, Sample
 from kd_accel.data.store_files import shard_starts
+from kd_accel.data.workers import items_of
 from kd_accel.embed.job import Job
 from kd_accel.embed.writer import ShardRows
 from kd_accel.models.teacher import Teacher
@@ -37,17 +40,10 @@ def embed_shards(job: Job, shards: list[int]) -> Iterator[ShardRows]:
     starts = shard_starts(job.source)
     step = max(1, job.config.embed_batch_size // job.config.views)
     blocks = {shard: _cut(int(starts[shard]), int(starts[shard + 1]), step) for shard in shards}
-    loader = DataLoader(
-        _Blocks(job),
-        sampler=_in_turn(job, blocks),
-        batch_size=None,
-        num_workers=job.config.data.num_workers,
-        collate_fn=_as_it_is,
-        generator=torch.Generator(),  # torch would draw the workers' seed from the global generator
-    )
-    items = iter(loader)
-    for shard in shards:
-        yield _joined(job, [(block, _encode(job, block)) for block in (next(items) for _ in blocks[shard])])
+    in_turn = _in_turn(job, blocks)
+    with closing(items_of(_Blocks(job), num_workers=job.config.data.num_workers, sampler=in_turn)) as items:
+        for shard in shards:
+            yield _joined(job, [(block, _encode(job, block)) for block in islice(items, len(blocks[shard]))])
 
 
 def say(teacher: Teacher, tower: str, rows: Tensor, *, at_a_time: int) -> Tensor:
@@ -135,7 +131,3 @@ def _in_turn(job: Job, blocks: dict[int, list[range]]) -> Iterator[range]:
 
 def _cut(start: int, end: int, step: int) -> list[range]:
     return [range(first, min(first + step, end)) for first in range(start, end, step)]
-
-
-def _as_it_is(item):
-    return item

@@ -30,7 +30,8 @@ from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 from webdataset import TarWriter
 
-from kd_accel.data.resize import EXTENSIONS, FORMATS
+from kd_accel.data.decoding import FORMATS
+from kd_accel.data.resize import EXTENSIONS
 from kd_accel.evals.class_texts import CLASS_NAMES, TEMPLATES, read_lines
 from kd_accel.evals.prepare_sources import column, image_bytes, open_rows, require_column, value
 from kd_accel.evals.prompts import SIMPLE
