@@ -20,7 +20,8 @@ from safetensors.torch import load_file, save_file
 from kd_accel.data.index import build_index, expand_shards, load_index
 from kd_accel.data.transforms import decode, eval_view
 from kd_accel.embed import verb
-from kd_accel.filter import verb as filtering
+from kd_accel.filter import features as live
+from kd_accel.filter import parts
 from kd_accel.filter.prompts import prompt_texts
 from kd_accel.filter.verb import run
 from kd_accel.filter_config import FilterConfig
@@ -175,7 +176,7 @@ def test_a_rerun_goes_on_after_the_finished_shards(question, tmp_path, monkeypat
     whole, cut = question(top_k=3, out=str(tmp_path / "whole")), question(top_k=3)
     run(whole)
     seen = []
-    score_shard = filtering.score_shard
+    score_shard = parts.score_shard
 
     def failing(features, keys, prompts, *, shard, top):
         seen.append(shard)
@@ -183,7 +184,7 @@ def test_a_rerun_goes_on_after_the_finished_shards(question, tmp_path, monkeypat
             raise KeyboardInterrupt
         return score_shard(features, keys, prompts, shard=shard, top=top)
 
-    monkeypatch.setattr(filtering, "score_shard", failing)
+    monkeypatch.setattr(parts, "score_shard", failing)
     with pytest.raises(KeyboardInterrupt):
         run(cut)
     run(cut)
@@ -293,7 +294,7 @@ def stored(tmp_path, tiny_teacher):
 def test_stored_features_take_the_place_of_images(question, stored, tiny_teacher, tmp_path, monkeypatch):
     """No image is read, the teacher is the store's, and what could not be read then has the reason of then."""
     data, store = stored
-    monkeypatch.setattr(filtering, "eval_view", None)
+    monkeypatch.setattr(live, "eval_view", None)
     config = question(data={"shards": str(data)}, store=str(store), teacher=None, top_k=2)
     run(config)
     features = torch.cat([load_file(path)["image"][:, 0] for path in sorted(store.glob("*.safetensors"))])
