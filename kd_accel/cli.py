@@ -58,7 +58,7 @@ VERBS = {
         "any data as indexed webdataset shards, resized on the way",
     ),
     "index": (
-        "kd_accel.config:IndexConfig",
+        "kd_accel.index_config:IndexConfig",
         "kd_accel.index:run",
         "list the samples of webdataset tars, once, before training",
     ),
@@ -88,7 +88,7 @@ VERBS = {
         "which of some texts fits a picture, and how well",
     ),
     "report": (
-        "kd_accel.config:ReportConfig",
+        "kd_accel.report_config:ReportConfig",
         "kd_accel.report.verb:run",
         "one HTML page: curves, results beside the teacher's, retrieved pictures; metrics.csv, PNGs",
     ),
@@ -103,8 +103,8 @@ VERBS = {
         "some steps of a training, and where their time goes",
     ),
     "demo": (
-        "kd_accel.config:DemoConfig",
-        "kd_accel.demo:run",
+        "kd_accel.demo_config:DemoConfig",
+        "kd_accel.demo.verb:run",
         "the whole way, on handwritten digits and two CPU cores",
     ),
     "config": (

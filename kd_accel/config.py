@@ -1,16 +1,15 @@
-"""The schema of every YAML file, one class per verb. The string below a field is what `kd-accel help VERB` prints.
+"""The keys of `kd-accel train`: its sections in one config, and what of them has to fit each other.
 
-Imports no torch: `kd-accel --help` and `kd-accel config` answer at once.
+The string below a field is what `kd-accel help train` prints. Imports no torch: `kd-accel config` answers at once.
 """
 
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from kd_accel.cache_config import CacheConfig
 from kd_accel.data_config import DataConfig, SourceConfig
 from kd_accel.push_config import TrainHubConfig
 from kd_accel.schema import Schema, without_nulls
@@ -142,32 +141,3 @@ def sources_of(data: DataConfig) -> dict[str, SourceConfig]:
 def teachers_of(config: TrainConfig) -> dict[str, TeacherConfig]:
     """Every teacher by its name; the single one is called "teacher"."""
     return config.teachers or ({"teacher": config.teacher} if config.teacher is not None else {})
-
-
-class IndexConfig(Schema):
-    """kd-accel index SHARDS: write NNNNN.idx.npz beside every tar, and manifest.json."""
-
-    positional: ClassVar[str] = "shards"
-    shards: str | list[str]
-    """Folder of tars, or tars with brace ranges; remote ones are read once, and their index stays in the cache."""
-    cache: CacheConfig = CacheConfig()
-
-
-class ReportConfig(Schema):
-    """kd-accel report RUN [RUN ...]: one self-contained report.html with curves and the evaluation table."""
-
-    positional: ClassVar[str] = "runs"
-    runs: list[str] = Field(min_length=1)
-    """Run directories, side by side in the report."""
-    output: str | None = None
-    """File to write; null: report.html in the first run."""
-
-
-class DemoConfig(Schema):
-    """kd-accel demo: the main job on scikit-learn's handwritten digits, two processes, ZeRO-2, bf16."""
-
-    positional: ClassVar[str] = "output_dir"
-    output_dir: str = "runs/demo"
-    """Where data, runs, release and report go."""
-    seeds: list[int] = Field([0], min_length=1)
-    """Seeds of the student and of the baseline; several give a mean and a deviation."""

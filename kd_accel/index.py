@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from kd_accel.config import IndexConfig
 from kd_accel.data.cache import open_cache
 from kd_accel.data.index import build_index, expand_shards
 from kd_accel.data.remote_index import index_remote
 from kd_accel.data.urls import is_remote
+from kd_accel.index_config import IndexConfig
 
 
 def run(config: IndexConfig) -> None:

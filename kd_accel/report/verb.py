@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from kd_accel.config import ReportConfig
 from kd_accel.report.confidences import confidence_sections
 from kd_accel.report.curves import curve_sections
 from kd_accel.report.evaluation import evaluation_section
@@ -20,6 +19,7 @@ from kd_accel.report.retrieval import retrieval_sections
 from kd_accel.report.runs import read_runs
 from kd_accel.report.settings import config_section, environment_section
 from kd_accel.report.summary import summary
+from kd_accel.report_config import ReportConfig
 from kd_accel.text_files import replace_text
 
 NAMED = 4  # runs in the title; of more their number

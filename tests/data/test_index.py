@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kd_accel.config import IndexConfig
 from kd_accel.data.index import MAX_EXTENSIONS, build_index, expand_shards, load_index
 from kd_accel.data.members import IMAGE_EXTENSIONS
 from kd_accel.index import run
+from kd_accel.index_config import IndexConfig
 from kd_accel.schema import ConfigError
 
 

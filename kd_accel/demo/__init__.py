@@ -1,0 +1,1 @@
+"""kd-accel demo: the main job, whole and small."""
