@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any, ClassVar, get_origin
 
 from kd_accel import __version__
+from kd_accel.config_files import dump, load
 from kd_accel.help import explain
-from kd_accel.schema import ConfigError, LocalError, LostPeerError, Schema, alternatives, did_you_mean, dump, load
+from kd_accel.schema import ConfigError, LocalError, LostPeerError, Schema, alternatives, did_you_mean
 from kd_accel.slurm import adopt_tasks
 
 

@@ -11,12 +11,13 @@ from safetensors.torch import load_file
 from kd_accel import distributed
 from kd_accel.checkpoint import TrainState, newest, not_whole, read_progress
 from kd_accel.config import TrainConfig
+from kd_accel.config_files import load
 from kd_accel.engine import Engine
 from kd_accel.masters import EMA, MOMENTS, OptimizerState
 from kd_accel.memory_files import load_memory
 from kd_accel.objective import Objective
 from kd_accel.random_state import set_random_state
-from kd_accel.schema import ConfigError, flat, load
+from kd_accel.schema import ConfigError, flat
 
 # Sections that decide what is learned, which a resumed run may not change, and the keys in them that do not.
 FIXED = ("seed", "student", "teacher", "teachers", "objective", "data", "compress")

@@ -15,6 +15,7 @@ from torch import Tensor
 from kd_accel import distributed
 from kd_accel.checkpoint import Snapshot, TrainState
 from kd_accel.config import TrainConfig
+from kd_accel.config_files import dump
 from kd_accel.engine import Engine
 from kd_accel.held import WEIGHT, Held, HostMemory, whole
 from kd_accel.int8 import split_clip
@@ -23,7 +24,6 @@ from kd_accel.memory_files import memory_snapshot
 from kd_accel.models.student import Student
 from kd_accel.objective import Objective
 from kd_accel.random_state import random_state
-from kd_accel.schema import dump
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from kd_accel.bad_samples import count_bad_samples
 from kd_accel.blame import non_finite_rows
 from kd_accel.checkpoint import TrainState
 from kd_accel.config import TrainConfig
+from kd_accel.config_files import dump
 from kd_accel.data.loader import TrainLoader, rows_per_micro_batch
 from kd_accel.data.open import check_there
 from kd_accel.data.stream_loader import StreamLoader
@@ -35,7 +36,7 @@ from kd_accel.optim import build_optimizer, learning_rates
 from kd_accel.push.background import BackgroundPush
 from kd_accel.saver import Saver
 from kd_accel.schedules import Progress
-from kd_accel.schema import ConfigError, dump
+from kd_accel.schema import ConfigError
 from kd_accel.signals import StopSignals
 from kd_accel.text_files import replace_text
 from kd_accel.timing import Clock, span

@@ -10,13 +10,14 @@ import pytest
 
 from kd_accel import __version__, cli
 from kd_accel.config import TrainConfig
+from kd_accel.config_files import load
 from kd_accel.demo_config import DemoConfig
 from kd_accel.eval_config import EvalConfig
 from kd_accel.index_config import IndexConfig
 from kd_accel.predict_config import PredictConfig
 from kd_accel.prepare_config import PrepareConfig
 from kd_accel.report_config import ReportConfig
-from kd_accel.schema import ConfigError, load
+from kd_accel.schema import ConfigError
 
 TRAIN = """
 name: run

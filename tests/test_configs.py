@@ -12,8 +12,9 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from conftest import run_process
 
 from kd_accel.config import TrainConfig
+from kd_accel.config_files import dump, load
 from kd_accel.eval_config import EvalConfig
-from kd_accel.schema import ConfigError, dump, load
+from kd_accel.schema import ConfigError
 
 REPO = Path(__file__).resolve().parent.parent
 SCHEMAS = {"configs": TrainConfig, "configs/eval": EvalConfig}  # by folder

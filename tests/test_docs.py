@@ -9,7 +9,8 @@ import pytest
 
 from kd_accel import terms
 from kd_accel.config import ObjectiveConfig
-from kd_accel.schema import ConfigError, Schema, alternatives, kind_of, load, read, validate
+from kd_accel.config_files import load, read
+from kd_accel.schema import ConfigError, Schema, alternatives, kind_of, validate
 
 REPO = Path(__file__).resolve().parent.parent
 DOC = (REPO / "docs/losses.md").read_text(encoding="utf-8")

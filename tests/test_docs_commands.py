@@ -9,7 +9,8 @@ import pytest
 from test_readme import check, commands
 
 from kd_accel.config import TrainConfig
-from kd_accel.schema import ConfigError, load
+from kd_accel.config_files import load
+from kd_accel.schema import ConfigError
 
 REPO = Path(__file__).resolve().parent.parent
 COMING = (REPO / "docs/coming-from.md").read_text(encoding="utf-8")

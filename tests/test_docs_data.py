@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from kd_accel.config_files import load
 from kd_accel.data.tables import FORMATS
 from kd_accel.data_config import DataConfig
 from kd_accel.pack_config import PackConfig
-from kd_accel.schema import load, validate
+from kd_accel.schema import validate
 
 DOC = (Path(__file__).resolve().parent.parent / "docs/data.md").read_text(encoding="utf-8")
 LINES = [line for block in re.findall(r"```yaml\n(.*?)```", DOC, re.S) for line in block.splitlines()]

@@ -16,10 +16,10 @@ PACKAGE = Path(__file__).resolve().parent.parent / "kd_accel"
 # A folder stands for its files, unless one of them is named by itself.
 LAYERS = (
     (
-        "__init__ types whole_files schema schedules terms augment_config cache_config data_config sections config"
-        " pack_config filter_config download_config embed_config"
-        " eval_config probe_config train_eval_config prepare_config export_config predict_config push_config"
-        " plan_config doctor_config bench_config index_config report_config demo_config slurm help",
+        "__init__ types whole_files schema config_files schedules terms augment_config cache_config"
+        " data_config sections config pack_config filter_config download_config embed_config eval_config"
+        " probe_config train_eval_config prepare_config export_config predict_config push_config plan_config"
+        " doctor_config bench_config index_config report_config demo_config slurm help",
     ),
     ("timing", "text_files"),
     ("distributed", "processes", "losses", "random_state signals logs"),

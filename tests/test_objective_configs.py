@@ -11,8 +11,9 @@ import tiny
 import tiny_hf
 
 from kd_accel.config import TrainConfig
+from kd_accel.config_files import load
 from kd_accel.models.release import read_release, write_release
-from kd_accel.schema import load, validate
+from kd_accel.schema import validate
 from kd_accel.train import run
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"

@@ -18,11 +18,12 @@ from conftest import REPO, kill_tree
 from PIL import Image
 
 from kd_accel import pack
+from kd_accel.config_files import load
 from kd_accel.data.index import build_index, expand_shards
 from kd_accel.data.open import open_one
 from kd_accel.data_config import SourceConfig
 from kd_accel.pack_config import PackConfig
-from kd_accel.schema import ConfigError, load
+from kd_accel.schema import ConfigError
 
 
 def picture(seed: int, size: tuple[int, int] = (30, 20), kind: str = "JPEG") -> bytes:

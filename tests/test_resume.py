@@ -8,7 +8,8 @@ import pytest
 
 from kd_accel import resume
 from kd_accel.config import TrainConfig
-from kd_accel.schema import ConfigError, dump, validate
+from kd_accel.config_files import dump
+from kd_accel.schema import ConfigError, validate
 
 
 def config(asked: str) -> TrainConfig:

@@ -6,6 +6,7 @@ import math
 
 import pytest
 
+from kd_accel.config_files import load
 from kd_accel.schedules import (
     Constant,
     Cosine,
@@ -20,7 +21,7 @@ from kd_accel.schedules import (
     warmup_constant,
     warmup_cosine,
 )
-from kd_accel.schema import ConfigError, Schema, load
+from kd_accel.schema import ConfigError, Schema
 
 
 class Holder(Schema):

@@ -7,8 +7,9 @@ from typing import Annotated, Literal
 import pytest
 from pydantic import Field, ValidationError, model_validator
 
+from kd_accel.config_files import dump, load, read
 from kd_accel.schedules import Cosine, Scheduled
-from kd_accel.schema import ConfigError, Schema, dump, flat, load, read
+from kd_accel.schema import ConfigError, Schema, flat
 
 
 class Small(Schema):

@@ -70,7 +70,7 @@ def test_a_run_learns_and_writes_everything(config, tmp_path):
 
 def test_resolved_config_reruns_the_run(config, tmp_path):
     """The config.yaml of a run is a complete config of the same run."""
-    from kd_accel.schema import load
+    from kd_accel.config_files import load
 
     wanted = config(optim={"lr": 1e-2, "steps": 1})
     run(wanted)

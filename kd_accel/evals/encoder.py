@@ -23,13 +23,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kd_accel.config import TrainConfig, teachers_of
+from kd_accel.config_files import load
 from kd_accel.evals.ensemble import Ensemble
 from kd_accel.evals.model_towers import ImageTower, ModelImages, ModelTexts, TextTower
 from kd_accel.evals.onnx_encoder import is_onnx, open_onnx
 from kd_accel.evals.stored_texts import SUFFIXES, StoredTexts
 from kd_accel.models.build import build_teacher
 from kd_accel.models.release import read_release, resolve_release
-from kd_accel.schema import ConfigError, load, validate
+from kd_accel.schema import ConfigError, validate
 from kd_accel.sections import TeacherConfig
 from kd_accel.types import ImageInput, InputContract
 

@@ -10,7 +10,7 @@ from typing import Any
 import open_clip
 import timm
 
-from kd_accel.schema import read
+from kd_accel.config_files import read
 
 ON_THE_HUB = re.compile(r"[\w.\-]+/[\w.\-]+")  # OWNER/NAME
 SECRETS = (  # what a config may hold and a card may not: of addresses, of commands, of the Hub

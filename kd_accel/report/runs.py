@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from kd_accel.schema import ConfigError, read
+from kd_accel.config_files import read
+from kd_accel.schema import ConfigError
 from kd_accel.text_files import read_rows
 
 MEMORY = "state/memory_*.safetensors"  # of a checkpoint: there training remembers confidences, by sample id

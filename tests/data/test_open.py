@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from kd_accel import pack
+from kd_accel.config_files import load
 from kd_accel.data.loader import TrainLoader
 from kd_accel.data.open import open_one
 from kd_accel.data_config import DataConfig, SourceConfig
 from kd_accel.pack_config import PackConfig
-from kd_accel.schema import ConfigError, load
+from kd_accel.schema import ConfigError
 
 
 @pytest.fixture

@@ -14,9 +14,9 @@ import torch
 from conftest import run_process
 
 from kd_accel.config import TrainConfig
+from kd_accel.config_files import load
 from kd_accel.demo import digits
 from kd_accel.report.runs import count_parameters
-from kd_accel.schema import load
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 

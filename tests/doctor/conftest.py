@@ -8,7 +8,7 @@ import pytest
 import tiny
 
 from kd_accel.config import TrainConfig
-from kd_accel.schema import load
+from kd_accel.config_files import load
 
 
 @pytest.fixture

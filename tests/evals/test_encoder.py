@@ -17,10 +17,11 @@ from torch import nn
 from torchvision.models.resnet import BasicBlock, ResNet
 
 from kd_accel.config import TrainConfig
+from kd_accel.config_files import dump
 from kd_accel.evals.encoder import load_encoder, load_teacher
 from kd_accel.models.build import build_teacher
 from kd_accel.models.hf_text import hf_text_cfg
-from kd_accel.schema import ConfigError, dump, validate
+from kd_accel.schema import ConfigError, validate
 from kd_accel.sections import TeacherConfig
 
 VIEWS = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from kd_accel.cli import parse
+from kd_accel.config_files import load
 from kd_accel.eval_config import EvalConfig
 from kd_accel.evals.aggregate import AVERAGES
 from kd_accel.evals.tasks import SUITES, TASKS, expand
-from kd_accel.schema import load
 
 REPO = Path(__file__).resolve().parent.parent.parent
 DOC = (REPO / "docs/evaluation.md").read_text(encoding="utf-8")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from kd_accel.config_files import load
 from kd_accel.evals.captions_json import FILES
 from kd_accel.evals.find import find_task
 from kd_accel.evals.image_folder import SPLITS
@@ -14,7 +15,6 @@ from kd_accel.evals.tars import MARKERS
 from kd_accel.evals.torchvision_sets import SETS
 from kd_accel.evals.winogavil_set import CSV, CSV_IMAGES, QUESTIONS
 from kd_accel.prepare_config import PrepareConfig
-from kd_accel.schema import load
 
 DOC = (Path(__file__).resolve().parents[2] / "docs/evaluation_sets.md").read_text(encoding="utf-8")
 

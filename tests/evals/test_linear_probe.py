@@ -12,9 +12,10 @@ from sklearn.metrics import f1_score, recall_score, top_k_accuracy_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
+from kd_accel.config_files import load
 from kd_accel.evals.linear_probe import choose_shots, held_out, linear_probe, search
 from kd_accel.probe_config import ProbeConfig
-from kd_accel.schema import ConfigError, load
+from kd_accel.schema import ConfigError
 
 
 @pytest.fixture(scope="module")

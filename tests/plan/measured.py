@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from kd_accel import processes
 from kd_accel.config import TrainConfig
-from kd_accel.schema import load
+from kd_accel.config_files import load
 from kd_accel.train import Trainer
 
 

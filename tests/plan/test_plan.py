@@ -14,11 +14,12 @@ from tiny import arch
 from torch.utils.flop_counter import FlopCounterMode
 
 from kd_accel.cli import main
+from kd_accel.config_files import load
 from kd_accel.plan.memory import STAGES
 from kd_accel.plan.shapes import Watch, shapes_only
 from kd_accel.plan.verb import make_plan
 from kd_accel.plan_config import PlanConfig
-from kd_accel.schema import ConfigError, load, validate
+from kd_accel.schema import ConfigError, validate
 
 WORKER = Path(__file__).parent / "measured.py"
 CLOSE = 0.1  # of what was measured
