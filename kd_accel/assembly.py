@@ -21,6 +21,7 @@ from kd_accel.data.stream_loader import StreamLoader
 from kd_accel.data_config import DataConfig
 from kd_accel.fit import check_class_width, check_fit, check_towers, match_towers
 from kd_accel.models.class_embeddings import class_embeddings
+from kd_accel.models.image import to_model_input
 from kd_accel.models.inherit import inherit
 from kd_accel.models.int8 import quantise
 from kd_accel.models.release import read_release, resolve_release
@@ -28,7 +29,6 @@ from kd_accel.models.running_stats import running_statistics
 from kd_accel.models.sparsity import sparsify
 from kd_accel.models.student import Student
 from kd_accel.models.teacher import Teacher, key_of
-from kd_accel.models.towers import to_model_input
 from kd_accel.objective import Objective
 from kd_accel.schema import ConfigError
 from kd_accel.stored_teacher import StoredTeacher, check_store

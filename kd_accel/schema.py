@@ -85,6 +85,12 @@ def did_you_mean(word: str, known: Sequence[str]) -> str:
     return f"; did you mean '{near[0]}'?" if near else f"; one of {', '.join(known)}" if known else ""
 
 
+def one_line(error: Exception, limit: int = 300) -> str:
+    """What a library says, as the end of a message of ours; `limit` characters of it."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= limit else f"{text[:limit]} ..."
+
+
 def alternatives(annotation: Any) -> list[Any]:
     """The types that an annotation allows: a union's members, an Annotated's content, else itself."""
     if get_origin(annotation) is Annotated:

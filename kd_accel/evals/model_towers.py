@@ -14,8 +14,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from kd_accel.models.image import encode_image
 from kd_accel.models.text import encode_text
-from kd_accel.models.towers import encode_image
 from kd_accel.trim import trimmed
 from kd_accel.types import ImageInput, TextInput
 

@@ -15,10 +15,10 @@ import torch
 from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
 from torch import Tensor
 
+from kd_accel.models.image import to_model_input
 from kd_accel.models.onnx_meta import FILE, OnnxImage, OnnxMeta, OnnxText
 from kd_accel.models.release import CONFIG
-from kd_accel.models.towers import to_model_input
-from kd_accel.schema import ConfigError
+from kd_accel.schema import ConfigError, one_line
 from kd_accel.types import ImageInput, TextInput
 
 
@@ -128,7 +128,7 @@ def _session(file: Path, tower: OnnxImage | OnnxText, kind: str, embed_dim: int)
     try:
         session = onnxruntime.InferenceSession(file, options, providers=providers)
     except Exception as error:  # its classes have no base of their own
-        raise ConfigError(f"{file}: onnxruntime cannot load it: {' '.join(str(error).split())[:300]}") from error
+        raise ConfigError(f"{file}: onnxruntime cannot load it: {one_line(error)}") from error
     inputs = {node.name: node for node in session.get_inputs()}
     outputs = {node.name: node for node in session.get_outputs()}
     if list(inputs) != [tower.input] or tower.output not in outputs:
@@ -152,8 +152,9 @@ def _text_input(folder: Path, text: OnnxText) -> TextInput:
         else:
             tokenize = HFTokenizer(str(folder), text.context_length, trust_remote_code=False, **text.options)
     except (OSError, TypeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ConfigError(f"{folder / FILE}: text.tokenizer={text.tokenizer} cannot be had ({reason})") from error
+        raise ConfigError(
+            f"{folder / FILE}: text.tokenizer={text.tokenizer} cannot be had ({one_line(error)})"
+        ) from error
     return TextInput(text.context_length, text.tokenizer, tokenize, pad=None)
 
 

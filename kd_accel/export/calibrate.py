@@ -21,8 +21,8 @@ from kd_accel.data.transforms import decode, eval_view
 from kd_accel.data_config import SourceConfig
 from kd_accel.export.assemble import Exported
 from kd_accel.int8 import Int8Tower, backend
+from kd_accel.models.image import to_model_input
 from kd_accel.models.int8_state import Int8State, write_int8
-from kd_accel.models.towers import to_model_input
 from kd_accel.schema import ConfigError
 from kd_accel.types import ImageInput
 

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from kd_accel.int8 import Int8Tower
 from kd_accel.models.class_head import FILE as CLASS_HEAD
 from kd_accel.models.onnx_meta import FILE, OnnxImage, OnnxMeta, OnnxText
+from kd_accel.models.scale import Scale
 from kd_accel.models.text import encode_text
-from kd_accel.models.towers import Scale
-from kd_accel.schema import ConfigError
+from kd_accel.schema import ConfigError, one_line
 from kd_accel.types import ImageInput, InputContract, TextInput
 
 OPSET = 18
@@ -117,9 +117,8 @@ def _exporting(name: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # what the exporter raises for a module it cannot trace has no narrower base
-        reason = " ".join(str(error).split())[:300]
         raise ConfigError(
-            f"format=onnx: the {name} tower cannot be exported ({reason}): leave this format out"
+            f"format=onnx: the {name} tower cannot be exported ({one_line(error)}): leave this format out"
         ) from error
     finally:
         said.setLevel(before)

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from kd_accel.evals.onnx_encoder import open_onnx
 from kd_accel.int8 import Int8Tower
+from kd_accel.models.image import to_model_input
 from kd_accel.models.model_cfg import is_open_clips
 from kd_accel.models.release import read_release
 from kd_accel.models.text import encode_text
-from kd_accel.models.towers import to_model_input
 from kd_accel.schema import ConfigError
 from kd_accel.types import ImageInput, InputContract
 

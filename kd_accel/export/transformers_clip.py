@@ -29,7 +29,7 @@ from kd_accel.export.clip_vision import (
     shared_config,
     vision_config,
 )
-from kd_accel.models.towers import CLIP_BPE
+from kd_accel.models.input_contract import CLIP_BPE
 from kd_accel.schema import ConfigError
 from kd_accel.types import InputContract
 

@@ -20,8 +20,8 @@ from kd_accel.data.source import BadSample, Source
 from kd_accel.data.transforms import decode, eval_view
 from kd_accel.data.workers import items_of
 from kd_accel.filter_config import FilterConfig
+from kd_accel.models.image import encode_image
 from kd_accel.models.teacher import Teacher
-from kd_accel.models.towers import encode_image
 from kd_accel.schema import ConfigError
 from kd_accel.types import ImageInput
 

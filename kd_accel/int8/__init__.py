@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from kd_accel.models.int8_state import FILE, Int8State
 from kd_accel.models.release import read_release
-from kd_accel.schema import ConfigError
+from kd_accel.schema import ConfigError, one_line
 
 EXTRAS = {"modelopt": "quant", "torchao": "quant-cpu"}
 TOWER = "visual."  # where open_clip's models keep it
@@ -70,6 +70,5 @@ def restore(directory: Path, held: Int8State) -> Int8Tower:
     try:
         tower.load_state_dict(weights | held.tensors)
     except RuntimeError as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ConfigError(f"{directory / FILE}: not of this model's image tower: {reason}") from None
+        raise ConfigError(f"{directory / FILE}: not of this model's image tower: {one_line(error)}") from None
     return Int8Tower(tower.eval(), maker)

@@ -16,11 +16,12 @@ from torch import nn
 from kd_accel.models.hf_clip import build_hf_clip, is_hf_clip
 from kd_accel.models.hf_text import build_hf_text, hf_text_cfg
 from kd_accel.models.release import read_release, resolve_release
+from kd_accel.models.scale import Scale, take_scale
 from kd_accel.models.sentence import build_sentence
 from kd_accel.models.ssl_checkpoints import load_ssl
 from kd_accel.models.timm_towers import build_timm
 from kd_accel.models.torchvision_towers import build_torchvision
-from kd_accel.models.towers import Scale, build_open_clip, take_scale
+from kd_accel.models.towers import build_open_clip
 from kd_accel.models.two_towers import TwoTowers
 from kd_accel.schema import ConfigError
 from kd_accel.sections import StudentConfig, TeacherConfig

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedConfig
 
-from kd_accel.models.towers import Scale, take_scale
+from kd_accel.models.hub import NOT_TO_BE_HAD, unavailable
+from kd_accel.models.scale import Scale, take_scale
 from kd_accel.models.two_towers import TwoTowers
 from kd_accel.schema import ConfigError
 from kd_accel.types import ImageInput, InputContract, TextInput
@@ -144,9 +145,5 @@ def _text_input(tokenizer: Any, config: PreTrainedConfig, name: str, where: str)
 def _load(auto: Any, what: str, name: str, where: str, **options: Any) -> Any:
     try:
         return auto.from_pretrained(name, trust_remote_code=False, **options)
-    except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ConfigError(
-            f"{where}: the {what} of '{name}' cannot be had: fix the name or the network, or name a folder on this"
-            f" machine ({reason})"
-        ) from error
+    except NOT_TO_BE_HAD as error:
+        raise unavailable(f"the {what} of '{name}'", where, error) from error

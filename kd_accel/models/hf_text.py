@@ -23,7 +23,8 @@ from open_clip.tokenizer import HFTokenizer
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig
 
-from kd_accel.schema import ConfigError
+from kd_accel.models.hub import NOT_TO_BE_HAD, unavailable
+from kd_accel.schema import ConfigError, one_line
 from kd_accel.types import TextInput
 
 if TYPE_CHECKING:
@@ -37,8 +38,6 @@ POOLERS = {
     "pooler": "cls_pooler",
     "last": "last_pooler",
 }
-# What transformers raises for a name or folder without a model, and for one that it cannot read.
-_NOT_TO_BE_HAD = (OSError, ValueError, RuntimeError, KeyError, ImportError, StrictDataclassError)
 
 
 class HFTextTower(nn.Module):
@@ -77,6 +76,7 @@ class HFTextTower(nn.Module):
         return (rows * mask).sum(dim=1) / mask.sum(dim=1)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute the encoder's activations in the backward pass, or keep them."""
         if enable:
             self.transformer.gradient_checkpointing_enable({"use_reentrant": False})
         else:
@@ -183,8 +183,8 @@ def _config(source: str, changes: dict[str, Any], where: str) -> PreTrainedConfi
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         if config.model_type == "vision-text-dual-encoder" and not changes:
             config = config.text_config  # of a release with transformers' files
-    except _NOT_TO_BE_HAD as error:
-        raise _unavailable("model", source, where, error) from error
+    except NOT_TO_BE_HAD as error:
+        raise unavailable(f"the model '{source}'", where, error) from error
     if not (hasattr(config, "hidden_size") and hasattr(config, "vocab_size")):
         raise ConfigError(f"{where}: {source} is a {config.model_type} model, which is no text encoder")
     if unknown := [key for key in changes if not hasattr(config, key)]:
@@ -194,8 +194,7 @@ def _config(source: str, changes: dict[str, Any], where: str) -> PreTrainedConfi
             config = AutoConfig.from_pretrained(source, trust_remote_code=False, **changes)
         config.validate()  # else a release, after training, would find out
     except (StrictDataclassError, TypeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ConfigError(f"{where}.hf_config: does not fit the config.json of {source} ({reason})") from error
+        raise ConfigError(f"{where}.hf_config: does not fit the config.json of {source} ({one_line(error)})") from error
     return config
 
 
@@ -203,8 +202,8 @@ def _tokenizer(source: str, context_length: int, where: str) -> HFTokenizer:
     """open_clip's wrapper, so that open_clip makes the same tokens from a release."""
     try:
         tokenize = HFTokenizer(source, context_length, padding_side="right", trust_remote_code=False)
-    except _NOT_TO_BE_HAD as error:
-        raise _unavailable("tokenizer", source, where, error) from error
+    except NOT_TO_BE_HAD as error:
+        raise unavailable(f"the tokenizer '{source}'", where, error) from error
     own = tokenize.tokenizer
     if own.pad_token is None:
         own.pad_token = own.eos_token  # GPT-like: they end no caption with it
@@ -222,8 +221,8 @@ def _encoder(source: str, config: PreTrainedConfig, pretrained: bool, pooling: s
             )
         else:
             model, loaded = AutoModel.from_config(config, dtype=torch.float32, trust_remote_code=False), {}
-    except _NOT_TO_BE_HAD as error:
-        raise _unavailable("model", source, where, error) from error
+    except NOT_TO_BE_HAD as error:
+        raise unavailable(f"the model '{source}'", where, error) from error
     if config.is_encoder_decoder:
         model = model.get_encoder()
     pooler = getattr(model, "pooler", None)
@@ -256,11 +255,3 @@ def _projection(kind: str | None, width: int, embed_dim: int, where: str) -> nn.
     if width != embed_dim:
         raise ConfigError(f"{where}: the encoder is {width} wide and embed_dim={embed_dim}: set proj to linear or mlp")
     return nn.Identity()
-
-
-def _unavailable(what: str, source: str, where: str, error: Exception) -> ConfigError:
-    reason = " ".join(str(error).split())[:200]
-    return ConfigError(
-        f"{where}: the {what} '{source}' cannot be had: fix the name or the network, or name a folder on this machine"
-        f" ({reason})"
-    )

@@ -120,4 +120,5 @@ def is_open_clips(model_cfg: dict[str, Any]) -> bool:
 
 
 def classifier_of(vision_cfg: dict[str, Any]) -> str | None:
+    """Which of CLASSIFIERS makes the image tower; None for open_clip's own towers."""
     return next((key for key in CLASSIFIERS if key in vision_cfg), None)

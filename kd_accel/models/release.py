@@ -28,9 +28,11 @@ from torch import Tensor, nn
 
 from kd_accel.models.class_head import ClassHead, write_class_head
 from kd_accel.models.hf_text import HFTextTower, write_hf_tower
+from kd_accel.models.input_contract import CLIP_BPE, input_contract
 from kd_accel.models.int8_state import Int8State, write_int8
 from kd_accel.models.model_cfg import as_released
-from kd_accel.models.towers import CLIP_BPE, Scale, construct, input_contract, take_scale
+from kd_accel.models.scale import Scale, take_scale
+from kd_accel.models.towers import construct
 from kd_accel.schema import ConfigError
 from kd_accel.types import ImageInput, InputContract, TextInput
 

@@ -22,7 +22,7 @@ from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 
 from kd_accel.models.hf_text import build_hf_text
-from kd_accel.schema import ConfigError
+from kd_accel.schema import ConfigError, one_line
 from kd_accel.types import TextInput
 
 LONGEST = 512  # tokens or words of a caption that are looked at, where the model itself would take thousands
@@ -146,10 +146,9 @@ def _folder(name: str, where: str) -> Path:
     try:
         return Path(snapshot_download(repo, ignore_patterns=["onnx/*", "openvino/*", "*.h5", "*.ot", "*.msgpack"]))
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
         raise ConfigError(
             f"{where}: '{name}' is no folder, and {repo} cannot be had: fix the name or the network, or name a folder"
-            f" on this machine ({reason})"
+            f" on this machine ({one_line(error)})"
         ) from error
 
 

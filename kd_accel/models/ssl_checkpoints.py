@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
-from kd_accel.schema import ConfigError
+from kd_accel.schema import ConfigError, one_line
 from kd_accel.types import ImageInput
 
 Layout = Literal["moco", "simclr", "swav", "plain"]
@@ -62,8 +62,7 @@ def load_ssl(
                 body |= {f"fc.{key}": tensor for key, tensor in head.items()}
         tower.load_state_dict(body, strict=True, assign=True)
     except (KeyError, RuntimeError, ValueError) as error:
-        said = " ".join(str(error).split())[:300]
-        raise ConfigError(f"{where}: {file} does not hold a ResNet of {depths} blocks: {said} ...") from error
+        raise ConfigError(f"{where}: {file} does not hold a ResNet of {depths} blocks: {one_line(error)}") from error
     tower.image_size = IMAGENET.size[0]
     return tower, IMAGENET
 

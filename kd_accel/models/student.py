@@ -10,11 +10,11 @@ from kd_accel.models import heads
 from kd_accel.models.build import build_student
 from kd_accel.models.class_head import ClassHead
 from kd_accel.models.hf_text import HFTextTower
+from kd_accel.models.image import encode_image
 from kd_accel.models.lock import lock
 from kd_accel.models.patch_mask import PatchMask
 from kd_accel.models.sparsity import without_masks
 from kd_accel.models.text import encode_text
-from kd_accel.models.towers import encode_image
 from kd_accel.schema import ConfigError
 from kd_accel.types import InputContract
 

@@ -15,7 +15,7 @@ import torch
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
-from kd_accel.schema import ConfigError
+from kd_accel.schema import ConfigError, one_line
 from kd_accel.types import ImageInput
 
 RESIZE_MODES = {"center": "shortest", "squash": "squash", "border": "longest"}  # timm's crop modes in open_clip's words
@@ -78,7 +78,7 @@ def _trunk(name: str, num_classes: int, pretrained: bool, image_size: int | None
         return timm.create_model(name, pretrained=pretrained, num_classes=num_classes, **options)
     except (AssertionError, OSError, RuntimeError, TypeError, ValueError) as error:
         way_out = "; fix the network, or start without pretrained weights" if pretrained else ""
-        raise ConfigError(f"{where}: timm cannot build {name}: {' '.join(str(error).split())}{way_out}") from error
+        raise ConfigError(f"{where}: timm cannot build {name}: {one_line(error)}{way_out}") from error
 
 
 @torch.no_grad()
@@ -87,6 +87,7 @@ def _check_size(tower: TimmTower, name: str, where: str) -> None:
     try:
         tower.eval()(torch.zeros(1, 3, tower.image_size, tower.image_size))
     except (AssertionError, RuntimeError, ValueError) as error:
-        said = " ".join(str(error).split())
-        raise ConfigError(f"{where}: {name} cannot take images of {tower.image_size} pixels: {said}") from error
+        raise ConfigError(
+            f"{where}: {name} cannot take images of {tower.image_size} pixels: {one_line(error)}"
+        ) from error
     tower.train()

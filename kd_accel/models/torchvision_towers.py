@@ -13,7 +13,7 @@ import sys
 from torch import nn
 from torchvision import models
 
-from kd_accel.schema import ConfigError, did_you_mean
+from kd_accel.schema import ConfigError, did_you_mean, one_line
 from kd_accel.types import ImageInput
 
 # These two have classifiers half way up, and a switch that turns ImageNet's normalisation of their input into this one.
@@ -58,7 +58,7 @@ def _classifier(name: str, pretrained: bool, image_size: int | None, where: str)
     except (EOFError, OSError, RuntimeError, ValueError) as error:
         raise ConfigError(
             f"{where}: torchvision's weights of {name} are not in the cache and cannot be fetched: fix the network, or"
-            f" start without pretrained weights ({' '.join(str(error).split())})"
+            f" start without pretrained weights ({one_line(error)})"
         ) from error
     if name in AUXILIARY:
         model.aux_logits = False

@@ -13,7 +13,7 @@ from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HTTPError  # the latter is its HTTP client's: no answer at all
 
 from kd_accel.push_config import PushConfig
-from kd_accel.schema import ConfigError
+from kd_accel.schema import ConfigError, one_line
 
 log = logging.getLogger("kd_accel")
 
@@ -70,5 +70,4 @@ def _retried(what: str, act: Callable[[], T], *, retries: int, pause_s: float, t
 
 def _one_line(error: Exception, token: str) -> str:
     """What happened, without the token that some library may have put into it."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text.replace(token, "***")[:300]
+    return one_line(error, limit=10_000).replace(token, "***")[:300]

@@ -39,7 +39,7 @@ from tqdm import tqdm
 from kd_accel.data.index import build_index, expand_shards
 from kd_accel.data.loader import TrainLoader
 from kd_accel.data_config import DataConfig
-from kd_accel.models.towers import to_model_input
+from kd_accel.models.image import to_model_input
 from kd_accel.schema import validate
 from kd_accel.types import ImageInput, InputContract, TextInput
 

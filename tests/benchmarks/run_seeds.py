@@ -26,10 +26,10 @@ from kd_accel.data.index import expand_shards
 from kd_accel.data.shards import TarSource
 from kd_accel.data.transforms import decode, eval_view
 from kd_accel.evals.retrieval import recall
+from kd_accel.models.image import encode_image
 from kd_accel.models.release import read_release, resolve_release
 from kd_accel.models.teacher import Teacher
 from kd_accel.models.text import encode_text
-from kd_accel.models.towers import encode_image
 
 REPO = Path(__file__).resolve().parent.parent.parent
 VISION = {"image_size": 64, "patch_size": 16, "width": 128, "layers": 4, "head_width": 32}

@@ -17,9 +17,11 @@ from kd_accel.engine import Engine
 from kd_accel.held import WEIGHT, HostMemory, whole
 from kd_accel.launch import end_accelerator, start_accelerator
 from kd_accel.masters import OptimizerState
+from kd_accel.models.image import encode_image
 from kd_accel.models.running_stats import running_statistics
+from kd_accel.models.scale import take_scale
 from kd_accel.models.student import Student
-from kd_accel.models.towers import construct, encode_image, take_scale
+from kd_accel.models.towers import construct
 from kd_accel.optim import build_optimizer
 from kd_accel.schema import validate
 from kd_accel.types import Batch

@@ -17,7 +17,7 @@ from kd_accel.evals.evaluate import evaluate
 from kd_accel.evals.plan import make_plan
 from kd_accel.evals.suite import run
 from kd_accel.evals.table import table
-from kd_accel.models.towers import to_model_input
+from kd_accel.models.image import to_model_input
 from kd_accel.schema import ConfigError
 
 RECALLS = [f"{what}_retrieval_recall@{k}" for what in ("image", "text") for k in (1, 5, 10)]

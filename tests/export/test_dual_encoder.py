@@ -14,8 +14,9 @@ from kd_accel.export.dual_encoder import check_dual_encoder, write_dual_encoder
 from kd_accel.export.verb import run
 from kd_accel.export_config import ExportConfig
 from kd_accel.models.build import build_student
+from kd_accel.models.image import to_model_input
 from kd_accel.models.release import read_release, write_release
-from kd_accel.models.towers import build_open_clip, to_model_input
+from kd_accel.models.towers import build_open_clip
 from kd_accel.schema import ConfigError
 from kd_accel.sections import StudentConfig
 

@@ -19,9 +19,9 @@ from kd_accel.data.transforms import eval_view
 from kd_accel.evals.encoder import load_encoder
 from kd_accel.export.verb import run
 from kd_accel.export_config import ExportConfig
+from kd_accel.models.image import to_model_input
 from kd_accel.models.release import CONFIG, read_release
 from kd_accel.models.text import encode_text
-from kd_accel.models.towers import to_model_input
 from kd_accel.schema import ConfigError
 
 WIDE = Image.linear_gradient("L").resize((301, 17))

@@ -9,8 +9,8 @@ from PIL import Image
 
 from kd_accel.data.transforms import eval_view
 from kd_accel.export.transformers_clip import check_plain_clip, write_transformers_clip
+from kd_accel.models.image import to_model_input
 from kd_accel.models.release import read_release
-from kd_accel.models.towers import to_model_input
 from kd_accel.schema import ConfigError
 
 transformers = pytest.importorskip("transformers")

@@ -26,8 +26,8 @@ from kd_accel.filter.prompts import prompt_texts
 from kd_accel.filter.verb import run
 from kd_accel.filter_config import FilterConfig
 from kd_accel.models.class_embeddings import prompt_embeddings
+from kd_accel.models.image import encode_image
 from kd_accel.models.teacher import Teacher
-from kd_accel.models.towers import encode_image
 from kd_accel.schema import ConfigError, validate
 from kd_accel.sections import TeacherConfig
 

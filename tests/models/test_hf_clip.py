@@ -14,8 +14,8 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
 from kd_accel.models.hf_clip import build_hf_clip, is_hf_clip
+from kd_accel.models.image import to_model_input
 from kd_accel.models.text import encode_text
-from kd_accel.models.towers import to_model_input
 from kd_accel.schema import ConfigError
 from kd_accel.trim import trimmed
 

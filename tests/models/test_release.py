@@ -14,8 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load, load_file, save_file
 
+from kd_accel.models.image import encode_image, to_model_input
 from kd_accel.models.release import CONFIG, WEIGHTS, read_release, resolve_release, write_release
-from kd_accel.models.towers import encode_image, to_model_input
 from kd_accel.schema import ConfigError
 from kd_accel.sections import PreprocessConfig
 

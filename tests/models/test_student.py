@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import linear
 
-from kd_accel.models.towers import to_model_input
+from kd_accel.models.image import to_model_input
 from kd_accel.schema import ConfigError
 
 

@@ -13,8 +13,10 @@ from PIL import Image
 from safetensors.torch import save_file
 from torchvision.transforms.functional import to_pil_image
 
+from kd_accel.models.image import to_model_input
 from kd_accel.models.model_cfg import check_model_cfg
-from kd_accel.models.towers import Scale, build_open_clip, to_model_input
+from kd_accel.models.scale import Scale
+from kd_accel.models.towers import build_open_clip
 from kd_accel.schema import ConfigError
 from kd_accel.sections import PreprocessConfig
 
