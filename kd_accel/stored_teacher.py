@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 
-from kd_accel.config import TeacherConfig
 from kd_accel.data.store_files import StoreInfo
 from kd_accel.models.teacher import Teacher, key_of
 from kd_accel.schema import ConfigError
+from kd_accel.sections import TeacherConfig
 from kd_accel.types import InputContract, TeacherSpec
 
 NAMED_BY = ("arch", "pretrained", "path")

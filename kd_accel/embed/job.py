@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from kd_accel import assembly
-from kd_accel.config import TeacherConfig, teachers_of
+from kd_accel.config import teachers_of
 from kd_accel.data.embeddings import TOWERS
 from kd_accel.data.open import open_source
 from kd_accel.data.source import Source
@@ -17,6 +17,7 @@ from kd_accel.data.views import Views, largest, shared_views
 from kd_accel.embed_config import EmbedConfig
 from kd_accel.models.teacher import Teacher, key_of
 from kd_accel.schema import ConfigError
+from kd_accel.sections import TeacherConfig
 from kd_accel.stored_teacher import NAMED_BY, preprocess_sha256, weights_sha256
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from open_clip.modified_resnet import ModifiedResNet
 from torch import Tensor, nn
 
-from kd_accel.config import StudentConfig
 from kd_accel.models import heads
 from kd_accel.models.build import build_student
 from kd_accel.models.class_head import ClassHead
@@ -16,6 +15,7 @@ from kd_accel.models.patch_mask import PatchMask
 from kd_accel.models.sparsity import without_masks
 from kd_accel.models.text import encode_text
 from kd_accel.schema import ConfigError
+from kd_accel.sections import StudentConfig
 from kd_accel.types import InputContract
 
 

@@ -7,11 +7,11 @@ import math
 import torch
 from torch import Tensor, nn
 
-from kd_accel.config import TeacherConfig
 from kd_accel.models.build import build_teacher
 from kd_accel.models.image import encode_image
 from kd_accel.models.text import encode_text
 from kd_accel.schema import ConfigError
+from kd_accel.sections import TeacherConfig
 from kd_accel.trim import trimmed
 from kd_accel.types import InputContract, TeacherSpec
 

@@ -21,7 +21,6 @@ import torch
 import torch.nn.functional as F
 from output import add_output, write
 
-from kd_accel.config import TeacherConfig
 from kd_accel.data.index import expand_shards
 from kd_accel.data.shards import TarSource
 from kd_accel.data.transforms import decode, eval_view
@@ -30,6 +29,7 @@ from kd_accel.models.image import encode_image
 from kd_accel.models.release import read_release, resolve_release
 from kd_accel.models.teacher import Teacher
 from kd_accel.models.text import encode_text
+from kd_accel.sections import TeacherConfig
 
 REPO = Path(__file__).resolve().parent.parent.parent
 VISION = {"image_size": 64, "patch_size": 16, "width": 128, "layers": 4, "head_width": 32}

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from kd_accel import assembly, cli, train
-from kd_accel.config import TeacherConfig, TrainConfig
+from kd_accel.config import TrainConfig
 from kd_accel.config_files import dump
 from kd_accel.data.embeddings import EmbeddingStore
 from kd_accel.data.open import open_source
@@ -26,6 +26,7 @@ from kd_accel.embed import verb
 from kd_accel.models.class_embeddings import class_embeddings
 from kd_accel.models.teacher import Teacher
 from kd_accel.schema import ConfigError, validate
+from kd_accel.sections import TeacherConfig
 
 N = sum(SIZES)
 SIX_STEPS = {"lr": 1e-3, "steps": 6, "schedule": "constant"}  # of four per epoch

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from kd_accel.config import StudentConfig
 from kd_accel.models.release import write_release
 from kd_accel.models.student import Student
+from kd_accel.sections import StudentConfig
 
 TEXT = {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}
 VISION = {

@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from kd_accel.config import TeacherConfig
 from kd_accel.models.class_embeddings import class_embeddings
 from kd_accel.models.teacher import Teacher
 from kd_accel.schema import ConfigError
+from kd_accel.sections import TeacherConfig
 
 KEY = "objective.terms.label.classes"
 

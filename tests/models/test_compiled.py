@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
-from kd_accel.config import StudentConfig, TeacherConfig, TrainConfig
+from kd_accel.config import TrainConfig
 from kd_accel.models.compiled import blocks_of, check_compiler, compile_blocks
 from kd_accel.models.int8 import quantise
 from kd_accel.models.sparsity import sparsify
@@ -19,6 +19,7 @@ from kd_accel.models.student import Student
 from kd_accel.models.teacher import Teacher
 from kd_accel.models.text import encode_text
 from kd_accel.schema import ConfigError, validate
+from kd_accel.sections import StudentConfig, TeacherConfig
 from kd_accel.train import run
 
 ROUNDING = 1e-5  # of a tensor's largest element, as of two orders of summation in tests/distributed/test_parity.py

@@ -51,7 +51,7 @@ def test_every_parameter_gets_a_gradient(student, view, captions):
 
 
 def test_a_projector_leads_to_one_width(student, arch):
-    from kd_accel.config import StudentConfig
+    from kd_accel.sections import StudentConfig
 
     with pytest.raises(ConfigError, match="leads to one width, but the teachers have several: large 24, base 12"):
         Student(StudentConfig(arch=arch(), projector="linear"), {"large": 24, "base": 12})

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kd_accel.config import TeacherConfig
 from kd_accel.models.pair import Pair
 from kd_accel.models.teacher import Teacher
+from kd_accel.sections import TeacherConfig
 
 
 @pytest.fixture

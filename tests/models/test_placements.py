@@ -17,13 +17,14 @@ from embed_run import FP16
 from torch import Tensor, nn
 
 from kd_accel import assembly
-from kd_accel.config import TeacherConfig, TrainConfig
+from kd_accel.config import TrainConfig
 from kd_accel.embed import verb
 from kd_accel.engine import Engine
 from kd_accel.launch import end_accelerator, start_accelerator
 from kd_accel.models.int8 import quantise
 from kd_accel.models.teacher import Teacher
 from kd_accel.optim import build_optimizer
+from kd_accel.sections import TeacherConfig
 
 BF16 = 2**-8  # of a number: half of the last of its 8 bits
 WEIGHTS = 7  # in a row from caption to feature: embeddings, attention's two, the layer's two, the projection

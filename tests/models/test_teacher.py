@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from kd_accel.config import TeacherConfig
 from kd_accel.models.teacher import Teacher
 from kd_accel.schema import ConfigError
+from kd_accel.sections import TeacherConfig
 
 
 @pytest.fixture

@@ -14,10 +14,10 @@ os.environ["DS_ACCELERATOR"] = "cpu"
 import deepspeed
 
 from kd_accel import processes
-from kd_accel.config import StudentConfig, TeacherConfig
 from kd_accel.models.pair import Pair
 from kd_accel.models.student import Student
 from kd_accel.models.teacher import Teacher
+from kd_accel.sections import StudentConfig, TeacherConfig
 
 ARCH = {
     "embed_dim": 16,
