@@ -12,7 +12,7 @@ from pathlib import Path
 
 from kd_accel.eval_config import EvalConfig
 from kd_accel.evals import suite
-from kd_accel.models.release import resolve_release
+from kd_accel.models.release import resolve_release, run_and_step
 from kd_accel.schema import ConfigError
 from kd_accel.text_files import read_rows
 
@@ -67,7 +67,7 @@ def _last_words(lines: list[str]) -> list[str]:
 
 def evaluate(run: Path, data: Path) -> None:
     """Append to the run's results.jsonl, unless its newest checkpoint is there already."""
-    step = int(resolve_release(str(run)).parent.name.removeprefix("step_"))
+    _, step = run_and_step(resolve_release(str(run)))
     print(f"  {run.name}", flush=True)
     done = {row["dataset"] for row in results(run) if row["step"] == step}
     if done != {folder.name for folder in data.iterdir()}:

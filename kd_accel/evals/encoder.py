@@ -29,7 +29,7 @@ from kd_accel.evals.model_towers import ImageTower, ModelImages, ModelTexts, Tex
 from kd_accel.evals.onnx_encoder import is_onnx, open_onnx
 from kd_accel.evals.stored_texts import SUFFIXES, StoredTexts
 from kd_accel.models.build import build_teacher
-from kd_accel.models.release import read_release, resolve_release
+from kd_accel.models.release import read_release, resolve_release, run_and_step
 from kd_accel.schema import ConfigError, validate
 from kd_accel.sections import TeacherConfig
 from kd_accel.types import ImageInput, InputContract
@@ -41,7 +41,6 @@ FORMS = (
 )
 TEACHER = "run"  # in the place of a model: the teacher of the run; run:NAME where it has several
 
-_STEP = re.compile(r"step_(\d+)")  # the directory of a checkpoint
 _PACKAGES = ("hf", "timm", "torchvision", "sentence")  # that bring weights with a name
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -251,12 +250,10 @@ def _taught(config: TeacherConfig, key: str, precision: str) -> Encoder:
 
 def _origin(release: Path) -> tuple[str, int | None, Path]:
     """(name, step, home) of a release: RUN/checkpoints/step_00001000/student belongs to the run."""
-    checkpoint = release.parent
-    step = _STEP.fullmatch(checkpoint.name)
-    if release.name in ("student", "student_ema") and step and checkpoint.parent.name == "checkpoints":
-        run = checkpoint.parent.parent
-        return run.name, int(step[1]), run
-    return release.name, None, release
+    if (found := run_and_step(release)) is None:
+        return release.name, None, release
+    run, step = found
+    return run.name, step, run
 
 
 def _teacher(run: Path, name: str, given: str) -> TeacherConfig:

@@ -16,10 +16,11 @@ from pathlib import Path
 import numpy as np
 
 from kd_accel.data.members import IMAGE_EXTENSIONS
+from kd_accel.evals.class_texts import CLASS_NAMES, TEMPLATES
 from kd_accel.evals.sets import EvalSet, Sample
 from kd_accel.schema import ConfigError
 
-MARKERS = ("dataset_type.txt", "classnames.txt", "test/nshards.txt")  # any of them makes a CLIP_benchmark folder
+MARKERS = ("dataset_type.txt", CLASS_NAMES, "test/nshards.txt")  # any of them makes a CLIP_benchmark folder
 KINDS = {"classification": "zero_shot", "retrieval": "retrieval"}  # dataset_type.txt -> EvalSet.kind
 
 
@@ -54,26 +55,32 @@ def _open_benchmark(folder: Path, name: str, split: str) -> TarSet:
     kind = _read(folder / "dataset_type.txt").lower() if typed else "classification"
     if kind not in KINDS:
         raise ConfigError(f"{folder}/dataset_type.txt: expected {' or '.join(KINDS)}, got '{kind}'")
-    count = _read(folder / split / "nshards.txt")
-    if not count.isdecimal():
-        raise ConfigError(f"{folder}/{split}/nshards.txt: expected the number of tars, got '{count}'")
-    shards = tuple(folder / split / f"{i}.tar" for i in range(int(count)))
-    if missing := [shard for shard in shards if not shard.is_file()]:
-        raise ConfigError(f"{missing[0]}: no such file, but {folder}/{split}/nshards.txt promises {count} tars")
+    shards = numbered_tars(folder / split)
     if KINDS[kind] == "retrieval":
         return TarSet(name, folder, "retrieval", shards=shards)
     return TarSet(name, folder, "zero_shot", _class_names(folder), _templates(folder), shards)
 
 
+def numbered_tars(folder: Path) -> tuple[Path, ...]:
+    """0.tar, 1.tar, ... in the folder of a split, as many as nshards.txt says; raises ConfigError for a missing one."""
+    count = _read(folder / "nshards.txt")
+    if not count.isdecimal():
+        raise ConfigError(f"{folder}/nshards.txt: expected the number of tars, got '{count}'")
+    shards = tuple(folder / f"{i}.tar" for i in range(int(count)))
+    if missing := [shard for shard in shards if not shard.is_file()]:
+        raise ConfigError(f"{missing[0]}: no such file, but {folder}/nshards.txt promises {count} tars")
+    return shards
+
+
 def _class_names(folder: Path) -> tuple[str, ...]:
-    names = tuple(line.strip() for line in _read(folder / "classnames.txt").splitlines())
+    names = tuple(line.strip() for line in _read(folder / CLASS_NAMES).splitlines())
     if not all(names) or not names:
-        raise ConfigError(f"{folder}/classnames.txt: expected one class name per line, found an empty one")
+        raise ConfigError(f"{folder}/{CLASS_NAMES}: expected one class name per line, found an empty one")
     return names
 
 
 def _templates(folder: Path) -> tuple[str, ...]:
-    path = folder / "zeroshot_classification_templates.txt"
+    path = folder / TEMPLATES
     templates = tuple(line.strip() for line in _read(path).splitlines() if line.strip())
     if not templates or any("{c}" not in template for template in templates):
         raise ConfigError(f"{path}: expected one prompt per line, each with the placeholder {{c}} for the class name")
@@ -154,7 +161,7 @@ def _label(eval_set: TarSet, shard: Path, key: str, text: bytes | None) -> int |
     if not text.strip().isdigit():
         raise ConfigError(f"{shard}: {key}.cls: expected a class index, got {text[:40]!r}")
     if int(text) > last:
-        raise ConfigError(f"{shard}: {key}.cls is class {int(text)}, {eval_set.path}/classnames.txt names 0..{last}")
+        raise ConfigError(f"{shard}: {key}.cls is class {int(text)}, {eval_set.path}/{CLASS_NAMES} names 0..{last}")
     return int(text)
 
 

@@ -19,6 +19,7 @@ from typing import Any
 from kd_accel.data.members import IMAGE_EXTENSIONS
 from kd_accel.data.scan import scan
 from kd_accel.evals.sets import EvalSet, Sample
+from kd_accel.evals.tars import numbered_tars
 from kd_accel.evals.winogavil import Association
 from kd_accel.schema import ConfigError
 
@@ -64,22 +65,12 @@ def open_winogavil(folder: Path, *, name: str | None = None, split: str = "test"
 
 
 def _tar_images(folder: Path) -> list[Sample]:
-    count = _nshards(folder / "test" / "nshards.txt")
     samples = []
-    for tar in (folder / "test" / f"{i}.tar" for i in range(count)):
-        if not tar.is_file():
-            raise ConfigError(f"{tar}: no such file, but {folder}/test/nshards.txt promises {count} tars")
+    for tar in numbered_tars(folder / "test"):
         for key, members in scan(tar):
             places = [members[extension] for extension in IMAGE_EXTENSIONS if extension in members]
             samples += [Sample(key, tar, *place) for place in places[:1]]
     return samples
-
-
-def _nshards(path: Path) -> int:
-    try:
-        return int(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: expected the number of tars: {error}") from None
 
 
 def _named_images(folder: Path) -> list[Sample]:

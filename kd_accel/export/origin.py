@@ -11,6 +11,8 @@ import open_clip
 import timm
 
 from kd_accel.config_files import read
+from kd_accel.models.release import run_and_step
+from kd_accel.report.runs import teachers_in
 
 ON_THE_HUB = re.compile(r"[\w.\-]+/[\w.\-]+")  # OWNER/NAME
 SECRETS = (  # what a config may hold and a card may not: of addresses, of commands, of the Hub
@@ -32,8 +34,7 @@ class Origin:
     @property
     def teachers(self) -> dict[str, dict[str, Any]]:
         """The sections that name a teacher; the single one is called "teacher"."""
-        single = self.config.get("teacher")
-        return self.config.get("teachers") or ({"teacher": single} if single else {})
+        return teachers_in(self.config)
 
     @property
     def base_models(self) -> list[str]:
@@ -57,11 +58,10 @@ class Origin:
 
 def origin_of(release: Path) -> Origin | None:
     """None for a release that lies in no run. Raises ConfigError for a config.yaml that cannot be read."""
-    checkpoint, config = release.parent, release.parent.parent.parent / "config.yaml"
-    step = re.fullmatch(r"step_(\d+)", checkpoint.name)
-    if step is None or checkpoint.parent.name != "checkpoints" or not config.is_file():
+    if (found := run_and_step(release)) is None or not (found[0] / "config.yaml").is_file():
         return None
-    return Origin(config.parent, int(step[1]), read(config))
+    run, step = found
+    return Origin(run, step, read(run / "config.yaml"))
 
 
 def hub_name(section: dict[str, Any]) -> str | None:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,8 @@ from kd_accel.types import ImageInput, InputContract, TextInput
 
 CONFIG = "open_clip_config.json"
 WEIGHTS = "open_clip_model.safetensors"
+IN_CHECKPOINT = ("student_ema", "student")  # the first that is there is what a checkpoint stands for
+_STEP = re.compile(r"step_(\d+)")  # the directory of a checkpoint
 
 
 def write_release(
@@ -122,8 +125,17 @@ def resolve_release(path: str) -> Path:
     )
 
 
+def run_and_step(release: Path) -> tuple[Path, int] | None:
+    """(RUN, 1000) of RUN/checkpoints/step_00001000/student; None for a release that lies in no run."""
+    checkpoint = release.parent
+    step = _STEP.fullmatch(checkpoint.name)
+    if release.name not in IN_CHECKPOINT or step is None or checkpoint.parent.name != "checkpoints":
+        return None
+    return checkpoint.parent.parent, int(step[1])
+
+
 def _of_checkpoint(folder: Path) -> Path | None:
-    found = [folder / name for name in ("student_ema", "student") if (folder / name / CONFIG).is_file()]
+    found = [folder / name for name in IN_CHECKPOINT if (folder / name / CONFIG).is_file()]
     return next(iter(found), None)
 
 

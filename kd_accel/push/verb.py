@@ -14,7 +14,7 @@ from pathlib import Path
 
 from kd_accel.export.verb import run as export
 from kd_accel.export_config import ExportConfig
-from kd_accel.models.release import CONFIG, resolve_release
+from kd_accel.models.release import resolve_release, run_and_step
 from kd_accel.push.hub import upload
 from kd_accel.push_config import PushConfig
 from kd_accel.schema import ConfigError
@@ -25,9 +25,9 @@ def run(config: PushConfig) -> None:
     logging.basicConfig(format="%(message)s")
     given = Path(config.model)
     release = resolve_release(config.model)
-    step = release.resolve().parent.name.removeprefix("step_") if _is_of_checkpoint(release) else None
-    tag = config.tag or (f"step-{int(step)}" if step else None)
-    if step is None:
+    origin = run_and_step(release.resolve())
+    tag = config.tag or (f"step-{origin[1]}" if origin else None)
+    if origin is None:
         if not (given / "README.md").is_file():
             raise ConfigError(f"{given}: no README.md, the model card: kd-accel export {given} out=... writes one")
         if config.license is not None:
@@ -38,10 +38,6 @@ def run(config: PushConfig) -> None:
     shutil.rmtree(copy.parent, ignore_errors=True)  # left by a process that was killed
     try:
         export(ExportConfig(model=str(release), out=str(copy), license=config.license))
-        print(f"pushed to {upload(copy, config, tag=tag, message=f'Step {int(step)}')}")
+        print(f"pushed to {upload(copy, config, tag=tag, message=f'Step {origin[1]}')}")
     finally:
         shutil.rmtree(copy.parent, ignore_errors=True)
-
-
-def _is_of_checkpoint(release: Path) -> bool:
-    return (release / CONFIG).is_file() and release.resolve().parent.parent.name == "checkpoints"

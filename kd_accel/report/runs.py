@@ -38,8 +38,7 @@ class Run:
     @property
     def teachers(self) -> dict[str, dict[str, Any]]:
         """The sections of its config that name a teacher; the single one is called "teacher"."""
-        single = self.settings.get("teacher")
-        return self.settings.get("teachers") or ({"teacher": single} if single else {})
+        return teachers_in(self.settings)
 
 
 def read_runs(paths: list[Path]) -> list[Run]:
@@ -62,6 +61,12 @@ def teachers_among(run: Run, runs: list[Run]) -> dict[str, Run]:
         if same or len(alike) == 1:
             found[name] = (same or alike)[0]
     return found
+
+
+def teachers_in(settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The sections of a config.yaml, unchecked, that name a teacher; the single one is called "teacher"."""
+    single = settings.get("teacher")
+    return settings.get("teachers") or ({"teacher": single} if single else {})
 
 
 def run_of(path: Path) -> Path:
