@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from distilling import take_step
 from output import Peak, add_device, add_output, held, write
 
 from kd_accel import assembly
@@ -34,7 +35,6 @@ from kd_accel.models.release import write_release
 from kd_accel.models.towers import build_open_clip
 from kd_accel.objective import Objective
 from kd_accel.optim import build_optimizer
-from kd_accel.schedules import Progress
 from kd_accel.schema import validate
 from kd_accel.types import Batch
 
@@ -106,12 +106,7 @@ class Run:
         ids = torch.arange(shape.micro_batches * shape.rows, device=self.options.device)
         start = time.perf_counter()
         for _ in range(shape.steps):
-            for batches in groups:
-                features, targets = self.engine.forward(batches)
-                outcome = self.objective(features, targets, Progress(), ids=ids)
-                self.engine.backward(outcome.gradients)
-            self.engine.step(1e-4)
-            self.objective.step(Progress(), lr=1e-4, temperature_lr=1e-4)
+            take_step(self.engine, self.objective, [(batches, ids) for batches in groups])
         if self.options.device == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter() - start

@@ -19,6 +19,7 @@ import argparse
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -27,11 +28,10 @@ from statistics import median
 
 import open_clip
 import torch
-import yaml
+from distilling import add_shards, link_shards, write_config
 from output import add_output, write
 from safetensors.torch import save_file
 
-from kd_accel.data.index import build_index, expand_shards
 from kd_accel.text_files import read_rows
 
 WIDTHS = 8  # what they are divided by
@@ -77,15 +77,6 @@ def write_model(folder: Path, model_cfg: dict) -> None:
     save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / "open_clip_model.safetensors")
 
 
-def link_shards(given: Path, folder: Path, number: int) -> Path:
-    """The tars in a folder of our own, with an index, which kd_accel reads and open_clip does not."""
-    folder.mkdir()
-    for tar in sorted(given.glob("*.tar"))[:number]:
-        (folder / tar.name).symlink_to(tar.resolve())
-    build_index(expand_shards(str(folder)))
-    return folder
-
-
 def run(words: list[str], folder: Path, options: argparse.Namespace, python: str = sys.executable) -> str:
     """Its output."""
     threads = max(1, (os.cpu_count() or 1) // options.processes)
@@ -121,29 +112,18 @@ def with_open_clip(folder: Path, options: argparse.Namespace, *more: str) -> flo
 
 
 def with_kd_accel(folder: Path, options: argparse.Namespace, *more: str, store: Path | None) -> float:
-    file = write_config(folder, options, store)
+    file = config_of(folder, options, store)
     run(["-m", "kd_accel", "train", str(file), *more], folder, options)
     rows = read_rows(folder / "runs" / "run" / "metrics.jsonl")
-    subprocess.run(["rm", "-r", str(folder / "runs")], check=True)
+    shutil.rmtree(folder / "runs")
     return median(row["samples_per_second"] for row in rows[LEFT_OUT:])
 
 
-def write_config(folder: Path, options: argparse.Namespace, store: Path | None) -> Path:
+def config_of(folder: Path, options: argparse.Namespace, store: Path | None) -> Path:
+    """The training beside the teacher in `folder`, or on its features in `store`."""
     teacher = {"path": str(folder / "teacher")} if store is None else {"placement": "cached", "store": str(store)}
-    config = {
-        "name": "run",
-        "output_dir": str(folder / "runs"),
-        "precision": "fp32",
-        "data": {"shards": str(options.shards), "batch_size": options.batch, "num_workers": 1},
-        "student": {"arch": model_cfg(STUDENT)},
-        "teacher": teacher,
-        "objective": {"terms": {"clip": {"kind": "clip"}, "kl": {"kind": "logit_kl"}}},
-        "optim": {"lr": 5e-4, "steps": options.steps},
-        "log": {"every_steps": 1},
-    }
-    file = folder / "run.yaml"
-    file.write_text(yaml.safe_dump(config))
-    return file
+    sizes = {"batch": options.batch, "num_workers": 1, "steps": options.steps}
+    return write_config(folder, shards=options.shards, student=model_cfg(STUDENT), teacher=teacher, **sizes)
 
 
 def versions(python: str) -> dict[str, str]:
@@ -155,8 +135,7 @@ def versions(python: str) -> dict[str, str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    beside = Path(__file__).resolve().parents[3] / "shared" / "data" / "pairs" / "train"
-    parser.add_argument("--shards", type=Path, default=beside, help="webdataset tars with .jpg and .txt")
+    add_shards(parser)
     parser.add_argument("--batch", type=int, default=64, help="of a process")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--steps", type=int, default=15)
@@ -184,7 +163,7 @@ def measure(teacher: str, folder: Path, options: argparse.Namespace) -> dict[str
     write_model(folder / "teacher", model_cfg(teacher))
     write_model(folder / "student", model_cfg(STUDENT))
     store = folder / "store"
-    run(["-m", "kd_accel", "embed", str(write_config(folder, options, None)), f"out={store}"], folder, options)
+    run(["-m", "kd_accel", "embed", str(config_of(folder, options, None)), f"out={store}"], folder, options)
     cases = {
         "open_clip": lambda: with_open_clip(folder, options),
         "kd_accel, live teacher": lambda: with_kd_accel(folder, options, store=None),

@@ -14,18 +14,18 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-import yaml
+from distilling import add_shards, link_shards, write_config
 from output import add_output, write
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import tiny
 
-from kd_accel.data.index import build_index, expand_shards
 from kd_accel.text_files import read_rows
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -44,26 +44,12 @@ STUDENT = {
 ENGINES = {"DDP": "ddp", "ZeRO-2": "zero2"}
 
 
-def write_config(folder: Path, options: argparse.Namespace) -> Path:
-    shards = folder / "shards"
-    shards.mkdir()
-    for tar in sorted(options.shards.glob("*.tar")):
-        (shards / tar.name).symlink_to(tar.resolve())
-    build_index(expand_shards(str(shards)))
-    config = {
-        "name": "run",
-        "output_dir": str(folder / "runs"),
-        "precision": "fp32",
-        "data": {"shards": str(shards), "batch_size": options.batch, "num_workers": 0},
-        "student": {"arch": STUDENT},
-        "teacher": {"path": str(tiny.write_teacher(folder / "teacher", TEACHER))},
-        "objective": {"terms": {"clip": {"kind": "clip"}, "kl": {"kind": "logit_kl"}}},
-        "optim": {"lr": 5e-4, "steps": options.steps},
-        "log": {"every_steps": 1},
-    }
-    file = folder / "config.yaml"
-    file.write_text(yaml.safe_dump(config))
-    return file
+def config_of(folder: Path, options: argparse.Namespace) -> Path:
+    """A training beside its teacher, both small."""
+    shards = link_shards(options.shards, folder / "shards")
+    teacher = {"path": str(tiny.write_teacher(folder / "teacher", TEACHER))}
+    sizes = {"batch": options.batch, "num_workers": 0, "steps": options.steps}
+    return write_config(folder, shards=shards, student=STUDENT, teacher=teacher, **sizes)
 
 
 def ran(launcher: str | None, *words: str | Path) -> None:
@@ -90,14 +76,13 @@ def losses(launcher: str | None, config: Path, rows: int) -> list[float]:
     """Of the first steps of a training with `rows` per process."""
     ran(launcher, "train", config, f"data.batch_size={rows}")
     found = [row["loss"] for row in read_rows(config.parent / "runs/run/metrics.jsonl")]
-    subprocess.run(["rm", "-r", str(config.parent / "runs")], check=True)
+    shutil.rmtree(config.parent / "runs")
     return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    beside = Path(__file__).resolve().parents[3] / "shared" / "data" / "pairs" / "train"
-    parser.add_argument("--shards", type=Path, default=beside, help="webdataset tars with .jpg and .txt")
+    add_shards(parser)
     parser.add_argument("--batch", type=int, default=64, help="of a process")
     parser.add_argument("--measured", type=int, default=10, help="steps of a bench")
     parser.add_argument("--steps", type=int, default=10, help="of which losses are compared")
@@ -105,7 +90,7 @@ def main() -> None:
     add_output(parser)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        config = write_config(Path(folder), options)
+        config = config_of(Path(folder), options)
         alone = losses(None, config, 2 * options.batch)
         found: dict = {"losses": {"one process": alone}}
         for engine, launcher in ENGINES.items():

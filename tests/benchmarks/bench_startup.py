@@ -16,6 +16,7 @@ import argparse
 import os
 import re
 import resource
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -78,7 +79,7 @@ def measure(command: list[str], run: Path) -> dict[str, float]:
         lines = (run / "out.log").read_text().splitlines()
         first = next(line for line in lines if "| step 1/" in line)
         found |= {"built": _written(lines[0]) - began, "first step": _written(first) - began}
-        subprocess.run(["rm", "-r", str(run)], check=True)
+        shutil.rmtree(run)
     return found
 
 

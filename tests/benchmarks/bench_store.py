@@ -21,6 +21,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import tiny
+from distilling import take_step
 from output import add_output, write
 
 from kd_accel import assembly
@@ -30,7 +31,6 @@ from kd_accel.embed_config import EmbedConfig
 from kd_accel.engine import Engine
 from kd_accel.launch import start_accelerator
 from kd_accel.optim import build_optimizer
-from kd_accel.schedules import Progress
 from kd_accel.schema import validate
 
 ALLOWED = 1.05  # a cached step, in steps without a teacher
@@ -63,12 +63,8 @@ class Run:
         began = time.perf_counter()
         for _ in range(steps):
             micro_batches = next(self.batches)
-            features, targets = self.engine.forward(micro_batches)
             ids = torch.cat([batch.ids for batch in micro_batches]).to(self.device)
-            outcome = self.objective(features, targets, Progress(), ids=ids)
-            self.engine.backward(outcome.gradients)
-            self.engine.step(1e-4)
-            self.objective.step(Progress(), lr=1e-4, temperature_lr=1e-4)
+            take_step(self.engine, self.objective, [(micro_batches, ids)])
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         return (time.perf_counter() - began) / steps

@@ -16,6 +16,7 @@ from pathlib import Path
 from statistics import mean, median
 
 import torch
+from distilling import add_shards
 from open_clip import SimpleTokenizer
 from output import add_device, add_output, write
 
@@ -66,8 +67,7 @@ def measure(captions: list[str], context: int, options: argparse.Namespace) -> d
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    beside = Path(__file__).resolve().parents[3] / "shared" / "data" / "pairs" / "train"
-    parser.add_argument("--shards", type=Path, default=beside)
+    add_shards(parser)
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--batches", type=int, default=8)
     parser.add_argument("--width", type=int, default=256)
