@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -112,6 +113,15 @@ def train_shards(tmp_path_factory) -> Path:
 def tiny_teacher(tmp_path_factory) -> Path:
     """The release directory of an untrained CLIP; read only."""
     return tiny.write_teacher(tmp_path_factory.mktemp("teacher") / "release")
+
+
+@pytest.fixture
+def own_handlers():
+    """The signals' handlers are again those of this process."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def pytest_sessionfinish(session, exitstatus) -> None:

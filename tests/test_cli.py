@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import tiny
 
 from kd_accel import __version__, cli
 from kd_accel.config import TrainConfig
@@ -19,19 +20,11 @@ from kd_accel.prepare_config import PrepareConfig
 from kd_accel.report_config import ReportConfig
 from kd_accel.schema import ConfigError
 
-TRAIN = """
-name: run
-data: {shards: data, batch_size: 8}
-student: {arch: ViT-B-16}
-objective: {terms: {clip: {kind: clip}}}
-optim: {lr: 5e-4, epochs: 2}
-"""
-
 
 @pytest.fixture
 def train_yaml(tmp_path):
     path = tmp_path / "train.yaml"
-    path.write_text(TRAIN)
+    path.write_text(tiny.TRAIN_YAML)
     return str(path)
 
 

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
@@ -30,13 +31,6 @@ LAUNCHERS = {
     "zero3_offload": ("DEEPSPEED", 2, 3),
     "fsdp2": ("FSDP", 2, None),
 }
-SMALLEST = """
-name: run
-data: {shards: data, batch_size: 8}
-student: {arch: ViT-B-16}
-objective: {terms: {clip: {kind: clip}}}
-optim: {lr: 5e-4, epochs: 2}
-"""
 
 
 def schema_for(path: Path):
@@ -55,13 +49,13 @@ def test_config_is_valid_and_round_trips(path, tmp_path):
 
 def test_base_is_a_valid_fragment(tmp_path):
     """With the smallest experiment on top it is a whole config, and it changes something."""
-    (tmp_path / "smallest.yaml").write_text(SMALLEST)
+    (tmp_path / "smallest.yaml").write_text(tiny.TRAIN_YAML)
     whole = load(TrainConfig, [REPO / "configs/base.yaml", tmp_path / "smallest.yaml"])
     assert whole != load(TrainConfig, [tmp_path / "smallest.yaml"])
 
 
 def test_an_invalid_config_is_found(tmp_path):
-    (tmp_path / "broken.yaml").write_text(SMALLEST.replace("lr:", "lrr:"))
+    (tmp_path / "broken.yaml").write_text(tiny.TRAIN_YAML.replace("lr:", "lrr:"))
     with pytest.raises(ConfigError, match="did you mean 'lr'"):
         load(schema_for(Path("configs/broken.yaml")), [tmp_path / "broken.yaml"])
 

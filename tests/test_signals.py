@@ -11,16 +11,9 @@ import pytest
 
 from kd_accel.signals import STOPPING, StopSignals, stopping_left_to_the_parent
 
+pytestmark = pytest.mark.usefixtures("own_handlers")
+
 SHOW_BLOCKED = "import signal; print(sorted(int(n) for n in signal.pthread_sigmask(signal.SIG_BLOCK, [])))"
-
-
-@pytest.fixture(autouse=True)
-def _handlers():
-    """Those of the test's own process as they were."""
-    before = {number: signal.getsignal(number) for number in STOPPING}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 def test_the_first_signal_is_noted_and_later_ones_change_nothing():

@@ -9,6 +9,14 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+TRAIN_YAML = """
+name: run
+data: {shards: data, batch_size: 8}
+student: {arch: ViT-B-16}
+objective: {terms: {clip: {kind: clip}}}
+optim: {lr: 5e-4, epochs: 2}
+"""
+
 COLORS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (30, 60, 220), "yellow": (230, 220, 40)}
 
 

@@ -14,7 +14,8 @@ import pytest
 
 from kd_accel.evals.watch import watch
 from kd_accel.schema import ConfigError
-from kd_accel.signals import INTERRUPTING
+
+pytestmark = pytest.mark.usefixtures("own_handlers")
 
 
 def publish(run: Path, step: int, *, total: int = 0, content: str = "a") -> Path:
@@ -44,15 +45,6 @@ class Evaluations:
         self._then.pop(step, lambda: None)()
         yield {}
         self.tasks += 1
-
-
-@pytest.fixture(autouse=True)
-def _handlers():
-    """Those of the test's own process as they were."""
-    before = {number: signal.getsignal(number) for number in INTERRUPTING}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 @pytest.fixture
