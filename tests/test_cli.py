@@ -135,7 +135,7 @@ def _verb(monkeypatch, tmp_path, body: str) -> None:
     )
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "target_module", raising=False)
-    monkeypatch.setitem(cli.VERBS, "index", ("kd_accel.config:IndexConfig", "target_module:run", "for this test"))
+    monkeypatch.setitem(cli.VERBS, "index", ("kd_accel.index_config:IndexConfig", "target_module:run", "for this test"))
 
 
 @pytest.mark.parametrize(

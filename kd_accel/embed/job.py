@@ -15,6 +15,7 @@ from kd_accel.data.source import Source
 from kd_accel.data.store_files import StoreInfo, captions_of
 from kd_accel.data.views import Views, largest, shared_views
 from kd_accel.embed_config import EmbedConfig
+from kd_accel.models.device import DTYPES, own_device
 from kd_accel.models.teacher import Teacher, key_of
 from kd_accel.schema import ConfigError
 from kd_accel.sections import TeacherConfig
@@ -66,8 +67,7 @@ def live_job(config: EmbedConfig) -> Job:
         views=None if views is None else _described(views),
         **_of_every_store(config, towers),
     )
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    teacher.to(device, dtype=torch.bfloat16 if config.precision == "bf16" else torch.float32)
+    teacher.to(own_device(), DTYPES[config.precision])
     images = any(contract.image for contract in contracts.values())  # training goes by pictures then, and so do keys
     return Job(config, teacher, _source(config, towers, images=images), views, info)
 

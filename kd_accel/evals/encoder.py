@@ -29,6 +29,7 @@ from kd_accel.evals.model_towers import ImageTower, ModelImages, ModelTexts, Tex
 from kd_accel.evals.onnx_encoder import is_onnx, open_onnx
 from kd_accel.evals.stored_texts import SUFFIXES, StoredTexts
 from kd_accel.models.build import build_teacher
+from kd_accel.models.device import DTYPES, own_device
 from kd_accel.models.release import read_release, resolve_release, run_and_step
 from kd_accel.schema import ConfigError, validate
 from kd_accel.sections import TeacherConfig
@@ -42,7 +43,6 @@ FORMS = (
 TEACHER = "run"  # in the place of a model: the teacher of the run; run:NAME where it has several
 
 _PACKAGES = ("hf", "timm", "torchvision", "sentence")  # that bring weights with a name
-_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ def model_encoder(
     precision: str = "fp32",
 ) -> Encoder:
     """The towers that `model` has, moved to the GPU where there is one; `precision` is theirs from then on."""
-    model = model.to(_device(), _DTYPES[precision]).eval()
+    model = model.to(own_device(), DTYPES[precision]).eval()
     image = None if wants.image is None else ModelImages(model, wants.image, embed_dim)
     text = None if wants.text is None else ModelTexts(model, wants.text, embed_dim)
     return Encoder(name, step, home, image, text)
@@ -209,10 +209,10 @@ def _open(text: str, key: str, precision: str, run: Path | None = None) -> Encod
     if run is not None and word == TEACHER:
         return _taught(_teacher(run, name, f"{key}={text}"), key, precision)
     if is_onnx(path):
-        meta, image, text_tower = open_onnx(path, _device())
+        meta, image, text_tower = open_onnx(path, own_device())
         return Encoder(meta.name, None, path if path.is_dir() else path.parent, image, text_tower)
     if path.is_file() and path.suffix in SUFFIXES:
-        return Encoder(path.stem, None, path.parent, None, StoredTexts.read(path, _device()))
+        return Encoder(path.stem, None, path.parent, None, StoredTexts.read(path, own_device()))
     if path.is_dir():
         return _released(path, precision)
     arch, comma, pretrained = text.partition(",")
@@ -273,7 +273,3 @@ def _teachers(run: Path, given: str) -> dict[str, TeacherConfig]:
     if not teachers:
         raise ConfigError(f"{given}: {run} was trained without a teacher: name a model")
     return teachers
-
-
-def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

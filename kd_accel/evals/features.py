@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
 from kd_accel import distributed
 from kd_accel.data.source import BadSample
 from kd_accel.data.transforms import eval_view
 from kd_accel.data.workers import items_of
+from kd_accel.evals.bars import bar
 from kd_accel.evals.encoder import Encoder
 from kd_accel.evals.ensemble import Ensemble
 from kd_accel.evals.sets import EvalSet, Sample, SetError
@@ -126,9 +126,7 @@ def _load(encoder: Encoder, eval_set: EvalSet, samples: list[Sample], batch_size
     batches = deal(len(samples), batch_size)[distributed.rank()]
     dataset = ImageBatches(eval_set, samples, batches, encoder.image_input)
     items = items_of(dataset, num_workers=min(num_workers, len(batches)))
-    # disable=None: a bar on a terminal, nothing in a log file
-    shown = None if distributed.is_main() else True
-    return tqdm(items, total=len(batches), desc=eval_set.name, unit="batch", leave=False, disable=shown)
+    return bar(items, total=len(batches), desc=eval_set.name, unit="batch")
 
 
 def _report_bad(eval_set: EvalSet, bad: list[str], num_samples: int) -> None:

@@ -17,9 +17,9 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from kd_accel import distributed
+from kd_accel.evals.bars import bar
 from kd_accel.evals.classification import accuracy, best_classes
 from kd_accel.evals.softmax_regression import fit, logits
 from kd_accel.probe_config import ProbeConfig
@@ -110,16 +110,15 @@ def _choose_c(features: Tensor, labels: Tensor, config: ProbeConfig) -> tuple[fl
             " probe.c=[0.316]"
         )
     x, y, weights, scores = features[~val], labels[~val], None, {}
-    # disable=None: a bar on a terminal, nothing in a log file
-    bar = tqdm(desc="linear probe", unit="fit", leave=False, disable=None if distributed.is_main() else True)
+    fits = bar(desc="linear probe", unit="fit")
 
     def score(c: float) -> float:
         nonlocal weights
         weights, _ = fit(x, y, c=c, max_iter=config.max_iter, start=weights)
         scores[c] = (logits(weights, features[val]).argmax(dim=1) == labels[val]).double().mean().item()
-        bar.update()
+        fits.update()
         return scores[c]
 
-    with bar:
+    with fits:
         c = search(score) if config.c is None else _best({c: score(c) for c in sorted(config.c)})
     return c, scores[c], weights

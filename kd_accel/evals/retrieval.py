@@ -14,9 +14,9 @@ from itertools import product
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 from kd_accel import distributed
+from kd_accel.evals.bars import bar
 
 KS = (1, 5, 10)
 TILE = (1024, 512)  # captions x images whose scores exist at a time: 4 MiB, which processors keep in their caches
@@ -82,7 +82,7 @@ def _my_tiles(num_texts: int, num_images: int, tile: tuple[int, int]) -> Iterabl
         for count, size in zip((num_texts, num_images), tile, strict=True)
     )
     mine = list(product(rows, columns))[distributed.rank() :: distributed.world_size()]
-    return tqdm(mine, desc="retrieval", unit="tile", leave=False, disable=None if distributed.is_main() else True)
+    return bar(mine, desc="retrieval", unit="tile")
 
 
 def _before(scores: Tensor, number: Tensor, right: Tensor, right_number: Tensor) -> Tensor:

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from kd_accel import distributed
+from kd_accel.evals.bars import bar
 from kd_accel.evals.classification import best_classes
 from kd_accel.evals.encoder import Encoder
 from kd_accel.evals.ensemble import Ensemble
@@ -27,9 +26,7 @@ def classifier(
     templates = encoder.templates(class_names, templates)
     size = max(1, PROMPTS // len(templates))  # classes
     chunks = [class_names[start : start + size] for start in range(0, len(class_names), size)]
-    # disable=None: a bar on a terminal, nothing in a log file
-    shown = tqdm(chunks, desc="prompts", leave=False, disable=None if distributed.is_main() else True)
-    return torch.cat([_class_rows(encoder, names, templates, batch_size) for names in shown])
+    return torch.cat([_class_rows(encoder, names, templates, batch_size) for names in bar(chunks, desc="prompts")])
 
 
 def _class_rows(

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from kd_accel.data.embeddings import EmbeddingStore
 from kd_accel.filter.prompts import is_stored, prompt_texts
 from kd_accel.filter_config import FilterConfig
 from kd_accel.models.class_embeddings import class_embeddings, prompt_embeddings
+from kd_accel.models.device import DTYPES, own_device
 from kd_accel.models.teacher import Teacher
 from kd_accel.schema import ConfigError
 from kd_accel.sections import TeacherConfig
 from kd_accel.stored_teacher import NAMED_BY, check_store, teacher_in_words
-
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def teacher_section(config: FilterConfig, store: EmbeddingStore | None) -> TeacherConfig | None:
@@ -39,7 +37,7 @@ def load_teacher(section: TeacherConfig, config: FilterConfig) -> Teacher:
     teacher = Teacher(section)
     if config.store is not None:
         check_store(section.model_copy(update={"store": config.store}), teacher, name="teacher")
-    return teacher.to("cuda" if torch.cuda.is_available() else "cpu", DTYPES[config.precision])
+    return teacher.to(own_device(), DTYPES[config.precision])
 
 
 def embed_prompts(config: FilterConfig, teacher: Teacher | None) -> Tensor:  # [P, d]

@@ -67,7 +67,7 @@ def test_who_knows_is_the_first_to_end(error, rank, printed, knows, monkeypatch,
     target, stayed, file = ModuleType("target"), [], tmp_path / "error.json"
     target.run = run
     monkeypatch.setitem(sys.modules, "target", target)
-    monkeypatch.setitem(cli.VERBS, "index", ("kd_accel.config:IndexConfig", "target:run", "for this test"))
+    monkeypatch.setitem(cli.VERBS, "index", ("kd_accel.index_config:IndexConfig", "target:run", "for this test"))
     monkeypatch.setattr(cli.time, "sleep", stayed.append)
     for name, value in {"RANK": rank, "TORCHELASTIC_RUN_ID": "x", "TORCHELASTIC_ERROR_FILE": file}.items():
         monkeypatch.setenv(name, str(value))
