@@ -1,6 +1,6 @@
-"""kd-accel VERB [CONFIG.yaml ...] [positional ...] [key=value ...]: the verbs and how their arguments are read.
+"""kd-accel VERB [CONFIG.yaml ...] [positional ...] [key=value ...]: how the words are read, and how a verb ends.
 
-Imports no torch; the module behind a verb is imported when the verb runs.
+Imports no torch; the module behind a verb (verbs.py) is imported when the verb runs.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar, get_origin
 
@@ -20,6 +19,7 @@ from kd_accel.config_files import dump, load
 from kd_accel.help import explain
 from kd_accel.schema import ConfigError, LocalError, LostPeerError, Schema, alternatives, did_you_mean
 from kd_accel.slurm import adopt_tasks
+from kd_accel.verbs import VERBS, config_class, function_of
 
 
 class HelpConfig(Schema):
@@ -31,95 +31,6 @@ class HelpConfig(Schema):
 
 
 FIRST_WORD_S = 10  # for the rank that knows what is wrong: a launcher ends all, and blames the first that has ended
-
-VERBS = {
-    "train": (
-        "kd_accel.config:TrainConfig",
-        "kd_accel.train:run",
-        "train a student, beside its frozen teacher or alone",
-    ),
-    "embed": (
-        "kd_accel.embed_config:EmbedConfig",
-        "kd_accel.embed.verb:run",
-        "store a teacher's features, for training without the teacher",
-    ),
-    "eval": (
-        "kd_accel.eval_config:EvalConfig",
-        "kd_accel.evals.suite:run",
-        "zero-shot classification and retrieval of a run or a release",
-    ),
-    "eval prepare": (
-        "kd_accel.prepare_config:PrepareConfig",
-        "kd_accel.evals.prepare:run",
-        "a HuggingFace dataset as an evaluation set in tars",
-    ),
-    "pack": (
-        "kd_accel.pack_config:PackConfig",
-        "kd_accel.pack:run",
-        "any data as indexed webdataset shards, resized on the way",
-    ),
-    "index": (
-        "kd_accel.index_config:IndexConfig",
-        "kd_accel.index:run",
-        "list the samples of webdataset tars, once, before training",
-    ),
-    "filter": (
-        "kd_accel.filter_config:FilterConfig",
-        "kd_accel.filter.verb:run",
-        "score images by prompts with a teacher, and keep the best ones",
-    ),
-    "download": (
-        "kd_accel.download_config:DownloadConfig",
-        "kd_accel.download.verb:run",
-        "the images of a list of URLs as indexed webdataset shards",
-    ),
-    "export": (
-        "kd_accel.export_config:ExportConfig",
-        "kd_accel.export.verb:run",
-        "a student as a release with a model card, for open_clip, transformers, ONNX",
-    ),
-    "push": (
-        "kd_accel.push_config:PushConfig",
-        "kd_accel.push.verb:run",
-        "a release on the HuggingFace Hub",
-    ),
-    "predict": (
-        "kd_accel.predict_config:PredictConfig",
-        "kd_accel.predict.verb:run",
-        "which of some texts fits a picture, and how well",
-    ),
-    "report": (
-        "kd_accel.report_config:ReportConfig",
-        "kd_accel.report.verb:run",
-        "one HTML page: curves, results beside the teacher's, retrieved pictures; metrics.csv, PNGs",
-    ),
-    "plan": (
-        "kd_accel.plan_config:PlanConfig",
-        "kd_accel.plan.verb:run",
-        "what a training would cost: parameters, FLOPs, memory, hours",
-    ),
-    "bench": (
-        "kd_accel.bench_config:BenchConfig",
-        "kd_accel.bench.verb:run",
-        "some steps of a training, and where their time goes",
-    ),
-    "demo": (
-        "kd_accel.demo_config:DemoConfig",
-        "kd_accel.demo.verb:run",
-        "the whole way, on handwritten digits and two CPU cores",
-    ),
-    "config": (
-        "kd_accel.config:TrainConfig",
-        "kd_accel.cli:print_config",
-        "check config files of train and print what they come to",
-    ),
-    "doctor": (
-        "kd_accel.doctor_config:DoctorConfig",
-        "kd_accel.doctor.verb:run",
-        "what would keep a training, launched like this, from running; takes its files and keys",
-    ),
-    "help": ("kd_accel.cli:HelpConfig", "kd_accel.cli:print_help", "explain the keys of a verb"),
-}
 
 
 def run() -> None:
@@ -144,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         adopt_tasks(os.environ)
         verb, config = parse(words)
-        return _named(VERBS[verb][1])(config) or 0
+        return function_of(verb)(config) or 0
     except ConfigError as error:
         # Every rank meets the same mistake, and one of them says so; what one rank meets alone, it says itself.
         speaks = os.environ.get("RANK", "0") == "0" or isinstance(error, LocalError)
@@ -195,11 +106,6 @@ def _joined(words: Sequence[str]) -> list[str]:
     return [*words[:at], pair, *words[at + 2 :]] if pair in VERBS else list(words)
 
 
-def config_class(verb: str) -> type[Schema]:
-    """The schema of a verb's keys; imported only now, so that every verb starts without those of the others."""
-    return _named(VERBS[verb][0])
-
-
 def usage(verb: str) -> str:
     """The command line of a verb."""
     words = ["kd-accel", verb]
@@ -226,12 +132,6 @@ def print_help(config: HelpConfig) -> None:
         print(f"{usage(config.verb)}\n\n{line[0].upper()}{line[1:]}.\n\n{explain(schema)}")
     else:
         raise ConfigError(f"unknown verb '{config.verb}'{did_you_mean(config.verb, list(VERBS))}")
-
-
-def _named(path: str) -> Any:
-    """What `module:name` names."""
-    module, name = path.split(":")
-    return getattr(import_module(module), name)
 
 
 def _positional(verb: str, words: list[str], *, given: bool) -> dict[str, Any]:

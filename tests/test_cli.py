@@ -9,7 +9,7 @@ import sys
 import pytest
 import tiny
 
-from kd_accel import __version__, cli
+from kd_accel import __version__, cli, verbs
 from kd_accel.config import TrainConfig
 from kd_accel.config_files import load
 from kd_accel.demo_config import DemoConfig
@@ -135,7 +135,9 @@ def _verb(monkeypatch, tmp_path, body: str) -> None:
     )
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "target_module", raising=False)
-    monkeypatch.setitem(cli.VERBS, "index", ("kd_accel.index_config:IndexConfig", "target_module:run", "for this test"))
+    monkeypatch.setitem(
+        verbs.VERBS, "index", ("kd_accel.index_config:IndexConfig", "target_module:run", "for this test")
+    )
 
 
 @pytest.mark.parametrize(
@@ -177,10 +179,10 @@ def test_the_overview_names_every_verb(capsys):
     assert cli.main([]) == 0
     out = capsys.readouterr().out
     listed = dict(re.split(r" {2,}", line.strip()) for line in out.splitlines() if line.startswith("  "))
-    assert listed == {verb: line for verb, (_, _, line) in cli.VERBS.items()}
+    assert listed == {verb: line for verb, (_, _, line) in verbs.VERBS.items()}
 
 
-@pytest.mark.parametrize("verb", cli.VERBS)
+@pytest.mark.parametrize("verb", verbs.VERBS)
 def test_help_explains_every_key(verb, capsys):
     """With its description, in 100 columns."""
     assert cli.main(["help", verb]) == 0
@@ -188,7 +190,7 @@ def test_help_explains_every_key(verb, capsys):
     assert out.startswith(cli.usage(verb))
     assert max(map(len, out.splitlines())) <= 100
     text = " ".join(out.split())
-    for name, field in cli.config_class(verb).model_fields.items():
+    for name, field in verbs.config_class(verb).model_fields.items():
         assert f"  {name}" in out
         assert " ".join((field.description or "").split()) in text
 
@@ -214,7 +216,7 @@ def test_help_shows_type_limit_and_default(line, capsys):
     assert line in capsys.readouterr().out.splitlines()
 
 
-@pytest.mark.parametrize("target", [target for verb in cli.VERBS.values() for target in verb[:2]])
+@pytest.mark.parametrize("target", [target for verb in verbs.VERBS.values() for target in verb[:2]])
 def test_targets_exist(target):
     module, function = target.split(":")
     assert callable(getattr(__import__(module, fromlist=[function]), function))

@@ -10,7 +10,7 @@ import pytest
 from conftest import REPO, run_process
 from distributed.test_launch import ACCELERATE, command
 
-from kd_accel import cli
+from kd_accel import cli, verbs
 from kd_accel.schema import ConfigError, LocalError, LostPeerError
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
@@ -67,7 +67,7 @@ def test_who_knows_is_the_first_to_end(error, rank, printed, knows, monkeypatch,
     target, stayed, file = ModuleType("target"), [], tmp_path / "error.json"
     target.run = run
     monkeypatch.setitem(sys.modules, "target", target)
-    monkeypatch.setitem(cli.VERBS, "index", ("kd_accel.index_config:IndexConfig", "target:run", "for this test"))
+    monkeypatch.setitem(verbs.VERBS, "index", ("kd_accel.index_config:IndexConfig", "target:run", "for this test"))
     monkeypatch.setattr(cli.time, "sleep", stayed.append)
     for name, value in {"RANK": rank, "TORCHELASTIC_RUN_ID": "x", "TORCHELASTIC_ERROR_FILE": file}.items():
         monkeypatch.setenv(name, str(value))
