@@ -43,6 +43,7 @@ class Answer:
 
     @classmethod
     def of_this_rank(cls, findings: list[Finding]) -> Answer:
+        """With what this process found by itself."""
         host = socket.gethostname()
         with suppress(OSError):  # an address that cannot be reached is found by the roll call
             processes.choose_interface(os.environ.get("MASTER_ADDR", "127.0.0.1"))
@@ -54,10 +55,12 @@ class Answer:
         return cls(host, address, backend, os.environ.get("GLOO_SOCKET_IFNAME"), findings)
 
     def packed(self) -> str:
+        """As text, for the roll call."""
         return json.dumps(asdict(self))
 
     @classmethod
     def unpacked(cls, text: str) -> Answer:
+        """What `packed` was made of."""
         values = json.loads(text)
         return cls(**values | {"findings": [Finding(**finding) for finding in values["findings"]]})
 

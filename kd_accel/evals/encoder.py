@@ -22,11 +22,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kd_accel.config import TrainConfig, teachers_of
-from kd_accel.config_files import load
 from kd_accel.evals.ensemble import Ensemble
 from kd_accel.evals.model_towers import ImageTower, ModelImages, ModelTexts, TextTower
 from kd_accel.evals.onnx_encoder import is_onnx, open_onnx
+from kd_accel.evals.run_teachers import TEACHER, teacher_of_run, teachers_of_run
 from kd_accel.evals.stored_texts import SUFFIXES, StoredTexts
 from kd_accel.models.build import build_teacher
 from kd_accel.models.device import DTYPES, own_device
@@ -40,7 +39,6 @@ FORMS = (
     " sentence/NAME or ssl/LAYOUT,FILE; a folder with meta.json and .onnx files; for text_from stored texts too, .npy"
     " or .safetensors"
 )
-TEACHER = "run"  # in the place of a model: the teacher of the run; run:NAME where it has several
 
 _PACKAGES = ("hf", "timm", "torchvision", "sentence")  # that bring weights with a name
 
@@ -57,6 +55,7 @@ class Encoder:
 
     @property
     def title(self) -> str:
+        """For people: its name, and the step where it has one."""
         return self.name if self.step is None else f"{self.name}, step {self.step:,}"
 
     @property
@@ -71,14 +70,17 @@ class Encoder:
 
     @property
     def embed_dim(self) -> int:
+        """d."""
         return (self.image or self.text).embed_dim
 
     @property
     def device(self) -> torch.device:
+        """Where its features are."""
         return (self.image or self.text).device
 
     @property
     def image_input(self) -> ImageInput:
+        """What its views are made by; raises ConfigError without an image tower."""
         self.require("image")
         return self.image.wants
 
@@ -188,7 +190,7 @@ def _with_tower(encoder: Encoder, tower: str, source: str, precision: str) -> En
 def _hint(encoder: Encoder, tower: str) -> str:
     """How the run's teacher can help out, if it can."""
     try:
-        named = _teachers(encoder.home, f"{tower}_from")
+        named = teachers_of_run(encoder.home, f"{tower}_from")
         teachers = {name: _taught(config, f"{tower}_from", "fp32") for name, config in named.items()}
     except ConfigError:
         return ""  # no run, or its teacher is not to be had
@@ -207,7 +209,7 @@ def _open(text: str, key: str, precision: str, run: Path | None = None) -> Encod
     path = Path(text)
     word, _, name = text.partition(":")
     if run is not None and word == TEACHER:
-        return _taught(_teacher(run, name, f"{key}={text}"), key, precision)
+        return _taught(teacher_of_run(run, name, f"{key}={text}"), key, precision)
     if is_onnx(path):
         meta, image, text_tower = open_onnx(path, own_device())
         return Encoder(meta.name, None, path if path.is_dir() else path.parent, image, text_tower)
@@ -254,22 +256,3 @@ def _origin(release: Path) -> tuple[str, int | None, Path]:
         return release.name, None, release
     run, step = found
     return run.name, step, run
-
-
-def _teacher(run: Path, name: str, given: str) -> TeacherConfig:
-    """The teacher called `name`, or the only one where that is empty."""
-    teachers = _teachers(run, given)
-    if name in teachers or (not name and len(teachers) == 1):
-        return teachers[name] if name else next(iter(teachers.values()))
-    choices = " or ".join(f"{TEACHER}:{known}" for known in teachers)
-    raise ConfigError(f"{given}: {run} learned from several teachers, or from others: give {choices}")
-
-
-def _teachers(run: Path, given: str) -> dict[str, TeacherConfig]:
-    file = run / "config.yaml"
-    if not file.is_file():
-        raise ConfigError(f"{given}: {run} is no run, or has lost its config.yaml, which names the teacher")
-    teachers = teachers_of(load(TrainConfig, [file]))
-    if not teachers:
-        raise ConfigError(f"{given}: {run} was trained without a teacher: name a model")
-    return teachers

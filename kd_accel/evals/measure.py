@@ -71,10 +71,12 @@ class OnSet:
 
     @cached_property
     def samples(self) -> list[Sample]:
+        """Of the set, readable or not. Raises SetError on every rank for what one finds wrong."""
         return _read(self.job.test.samples)
 
     @cached_property
     def features(self) -> SetFeatures:
+        """Of its images. Raises SetError where none is readable, ConfigError for features that are not finite."""
         return self._features(self.job.test, self.samples)
 
     @cached_property
@@ -90,6 +92,7 @@ class OnSet:
 
     @cached_property
     def predictions(self) -> Tensor:  # [n, <= 5]
+        """The best classes of every image, best first."""
         return self.classify(self.job.test.class_names, self.job.test.templates)
 
     @cached_property
@@ -104,6 +107,7 @@ class OnSet:
 
     @cached_property
     def texts(self) -> Tensor:  # [m, d] raw
+        """Features of the captions. Raises ConfigError for texts that the encoder does not know."""
         return self.encode_texts(self.captions)
 
     @property

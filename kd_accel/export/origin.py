@@ -82,6 +82,7 @@ def hub_name(section: dict[str, Any]) -> str | None:
 
 
 def without_secrets(text: str) -> str:
+    """`text` with *** in the place of what SECRETS finds."""
     return re.sub("|".join(SECRETS), "***", text, flags=re.IGNORECASE)
 
 

@@ -91,6 +91,7 @@ class OnnxMeta(Schema):
         return self
 
     def to_json(self) -> str:
+        """The file's text; `from_json` reads it back to an equal record."""
         return self.model_dump_json(indent=2) + "\n"
 
     @classmethod

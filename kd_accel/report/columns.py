@@ -84,6 +84,7 @@ def tasks_of(columns: list[Column]) -> dict[Task, list[Row | None]]:
 
 
 def task_of(row: Row) -> Task:
+    """What tells the tasks of a model apart."""
     return row["key"], row["task"]
 
 
@@ -93,6 +94,7 @@ def kind_of(task: Task) -> str:
 
 
 def main_value(row: Row) -> float | None:
+    """Of the main metric, None where it has none or is not finite."""
     return number(row["metrics"].get("main_metric"))
 
 
