@@ -141,7 +141,8 @@ def output_folder(config: TrainConfig) -> list[Finding]:
         said = f"output_dir={folder} is not the folder of rank {unseen[0]}: set it to one that all machines share"
         found = [Finding("FAIL", "output", said)]
     distributed.barrier()
-    files[distributed.rank()].unlink(missing_ok=True) if wrote[distributed.rank()] else None
+    if wrote[distributed.rank()]:
+        files[distributed.rank()].unlink(missing_ok=True)
     distributed.barrier()
     for path in made:
         path.rmdir()

@@ -17,7 +17,7 @@ from kd_accel.data.embeddings import EmbeddingStore
 from kd_accel.data.source import BadSample
 from kd_accel.data.views import Views
 from kd_accel.embed.job import Job
-from kd_accel.embed.live import say
+from kd_accel.embed.live import encode_rows
 from kd_accel.schema import ConfigError
 
 COSINE = 0.999  # mirrored views of one picture are around 0.87 to each other, other crops around 0.9
@@ -72,7 +72,7 @@ def _cosines(job: Job, store: EmbeddingStore, sample_id: int, *, epoch: int) -> 
     if "image" in job.towers:
         rows["image"] = Views(job.views.size, config.data.augment, config.seed).make(sample, epoch)[None]
     stored = store.read(np.array([sample_id]), view=epoch, texts=np.array([number]))
-    live = {tower: say(job.teacher, tower, given, at_a_time=1) for tower, given in rows.items()}
+    live = {tower: encode_rows(job.teacher, tower, given, at_a_time=1) for tower, given in rows.items()}
     return [(_cosine(live[tower], stored[tower]), tower, sample_id) for tower in rows]
 
 

@@ -46,7 +46,7 @@ def embed_shards(job: Job, shards: list[int]) -> Iterator[ShardRows]:
             yield _joined(job, [(block, _encode(job, block)) for block in islice(items, len(blocks[shard]))])
 
 
-def say(teacher: Teacher, tower: str, rows: Tensor, *, at_a_time: int) -> Tensor:
+def encode_rows(teacher: Teacher, tower: str, rows: Tensor, *, at_a_time: int) -> Tensor:
     """uint8 views `[r,3,H,W]`, or tokens `[r,T]` -> fp32 features `[r,d]` of a tower, on the CPU."""
     teacher.read = {tower}
     device = next(teacher.parameters()).device
@@ -93,7 +93,7 @@ def _encode(job: Job, block: Block) -> dict[str, Tensor]:
     rows, said = {"image": block.views, "text": block.tokens}, {}
     for tower in job.towers:
         given = torch.empty(0) if rows[tower] is None else rows[tower]
-        said[tower] = say(job.teacher, tower, given, at_a_time=job.config.embed_batch_size)
+        said[tower] = encode_rows(job.teacher, tower, given, at_a_time=job.config.embed_batch_size)
     if "image" in said:
         good = [row for row in range(block.num_samples) if row not in block.bad]
         whole = torch.full((block.num_samples, job.config.views, said["image"].shape[1]), torch.nan)
