@@ -37,7 +37,8 @@ def test_a_killed_process_leaves_the_old_file(tmp_path):
     code = f"""
 import os, signal
 from pathlib import Path
-with replacing(Path({str(path)!r})) as temporary:
+import kd_accel.whole_files
+with kd_accel.whole_files.replacing(Path({str(path)!r})) as temporary:
     temporary.write_text("half of the n")
     os.kill(os.getpid(), signal.SIGKILL)
 """

@@ -1,11 +1,11 @@
 """Samples to batches: views, drawn captions, each model's tokens, labels, and what is stored of the sample.
 
-`row` and `join` run in the loader's workers, `steps` and `batch` in the training process.
+`row` and `join` run in the loader's workers, `batch` and `steps_of` in the training process.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 
@@ -94,18 +94,19 @@ class BatchMaker:
             stored={name: store.read(ids, view=view, texts=texts_read) for name, store in self._stores.items()},
         )
 
-    def steps(
-        self, items: Iterable[tuple[Joined, list[dict]]], accumulate: int
-    ) -> Iterator[tuple[list[Batch], list[dict]]]:
-        """(the micro-batches of a step, records of its bad samples), of what the workers made."""
-        items = iter(items)
-        while step := list(islice(items, accumulate)):
-            yield [self.batch(joined) for joined, _ in step], [record for _, bad in step for record in bad]
-
     def batch(self, joined: Joined) -> Batch:
         """With every model's tokens under its name."""
         tokens = {name: joined.tokens[kind] for name, kind in self._kinds.items()}
         return Batch(joined.ids, joined.image, tokens, joined.labels, joined.stored)
+
+
+def steps_of(
+    items: Iterable[tuple[Joined, list[dict]]], batch: Callable[[Joined], Batch], accumulate: int
+) -> Iterator[tuple[list[Batch], list[dict]]]:
+    """(micro-batches of a step, records of its bad samples), of what the workers made; `batch` is a BatchMaker's."""
+    items = iter(items)
+    while step := list(islice(items, accumulate)):
+        yield [batch(joined) for joined, _ in step], [record for _, bad in step for record in bad]
 
 
 def _kind(text: TextInput) -> TokenKind:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset
 
-from kd_accel.data.batches import BatchMaker, Joined, Row
+from kd_accel.data.batches import BatchMaker, Joined, Row, steps_of
 from kd_accel.data.embeddings import EmbeddingStore
 from kd_accel.data.open import open_source
 from kd_accel.data.order import epoch_order, num_batches, samples_per_epoch
@@ -79,7 +79,7 @@ class TrainLoader:
         """
         schedule = self._schedule(self.epoch, self.batches_done)
         with closing(items_of(self._rows, num_workers=self._config.num_workers, sampler=schedule)) as items:
-            for micro_batches, bad in self._maker.steps(items, self.accumulate):
+            for micro_batches, bad in steps_of(items, self._maker.batch, self.accumulate):
                 self.bad_samples += bad
                 self._count_batch()
                 yield micro_batches

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch.utils.data import IterableDataset, get_worker_info
 
-from kd_accel.data.batches import BatchMaker
+from kd_accel.data.batches import BatchMaker, steps_of
 from kd_accel.data.order import num_batches
 from kd_accel.data.source import BadSample, Sample
 from kd_accel.data.stream import TarStream, Unusable
@@ -73,7 +73,7 @@ class StreamLoader:
         shards_done = self._shards_done()
         stream = _Stream(self._stream, self._maker, self.batch_size, self._rank, self._world_size, shards_done)
         with closing(items_of(stream, num_workers=self._num_workers)) as items:
-            for micro_batches, bad in self._maker.steps(items, self.accumulate):
+            for micro_batches, bad in steps_of(items, self._maker.batch, self.accumulate):
                 self.bad_samples += bad
                 self._count_batch()
                 yield micro_batches
