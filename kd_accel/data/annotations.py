@@ -1,7 +1,7 @@
 """Captions in one json file, as tables with the columns image and caption.
 
     COCO   {"images": [{"id", "file_name"}], "annotations": [{"image_id", "caption"}]}: a row per image, with all of its
-           captions; without images (data.image: null), a row per caption
+           captions, whether or not those are read; with data.image: null a row per caption
     ALBEF  [{"image": PATH, "caption": TEXT or [TEXT, ...]}, ...]: a row per object, whose other keys are columns too
 
 The file is parsed as a whole: 600,000 captions of COCO take some seconds, and the gigabyte that they fill meanwhile is
@@ -29,7 +29,7 @@ def read_annotations(path: Path, fields: Fields) -> pa.Table:
         raise ConfigError(f"data.table: {path} is not valid JSON: {error}{hint}") from None
     try:
         if isinstance(content, dict):
-            return _coco(content, captions_apart=fields.image is None)
+            return _coco(content, captions_apart=fields.name is None)
         return _albef(content, fields, path)
     except (KeyError, TypeError, AttributeError) as error:
         raise ConfigError(

@@ -27,28 +27,45 @@ class Fields:
     captions: tuple[str, ...]  # text, or lists of texts
     synthetic: tuple[str, ...]
     label: str | None  # whole numbers
+    name: str | None  # paths of images, by which rows are known even where nobody wants to see the images
 
     @classmethod
     def of(
-        cls, image: str | None, caption: Columns, synthetic: Columns, label: str | None, *, defaults: tuple
+        cls,
+        image: str | None,
+        caption: Columns,
+        synthetic: Columns,
+        label: str | None,
+        *,
+        defaults: tuple,
+        images: bool = True,
     ) -> Fields:
-        """Of what the config says, where `defaults` are the format's own (image, caption) in place of AUTO."""
+        """Of what the config says, where `defaults` are the format's own (image, caption) in place of AUTO.
+
+        `images`: false for rows that are read without them.
+        """
         image = defaults[0] if image == AUTO else image
         caption = defaults[1] if caption == AUTO else caption
-        return cls(image, _listed(caption), _listed(synthetic), label)
+        return cls(image if images else None, _listed(caption), _listed(synthetic), label, name=image)
 
     def keys(self) -> dict[str, str]:
-        """{column: the key of the config that names it}."""
+        """{column: the key of the config that names it}, of those that must be there."""
         single = {self.image: "data.image", self.label: "data.label"}
         named = {column: key for column, key in single.items() if column is not None}
         named |= dict.fromkeys(self.captions, "data.caption")
         return named | dict.fromkeys(self.synthetic, "data.synthetic")
 
+    def keys_in(self, columns: Iterable[str]) -> dict[str, str]:
+        """`keys`, and the one of the rows' names where it is among `columns`."""
+        if self.name is None or {self.name, self.name.split(":")[0]}.isdisjoint(columns):
+            return self.keys()
+        return {self.name: "data.image"} | self.keys()
+
 
 def pick(table: pa.Table, fields: Fields, path: str | Path) -> pa.Table:
     """The wanted columns of `table`, read from `path`; raises ConfigError for one that is absent or of another type."""
     picked = {}
-    for name, key in fields.keys().items():
+    for name, key in fields.keys_in(table.column_names).items():
         head, *inside = [name] if name in table.column_names else name.split(":")
         require_column(head, key, table.column_names, path)
         column = table.column(head)
@@ -64,7 +81,8 @@ def pick(table: pa.Table, fields: Fields, path: str | Path) -> pa.Table:
 def top_columns(fields: Fields, columns: Iterable[str], path: str | Path) -> list[str]:
     """Those of the `columns` of `path` that must be read; raises ConfigError for a wanted one that is not there."""
     columns = list(columns)
-    heads = {name if name in columns else name.split(":")[0]: key for name, key in fields.keys().items()}
+    asked = fields.keys_in(columns)
+    heads = {name if name in columns else name.split(":")[0]: key for name, key in asked.items()}
     for name, key in heads.items():
         require_column(name, key, columns, path)
     return list(heads)

@@ -25,9 +25,16 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
 
 
 def open_folder(
-    folder: str, *, caption: Columns = AUTO, labels: bool = False, max_samples: int | None = None
+    folder: str,
+    *,
+    caption: Columns = AUTO,
+    labels: bool = False,
+    max_samples: int | None = None,
+    images: bool = True,
 ) -> RowSource:
     """The images of `folder`, sorted by path; `caption`: a json file with texts, None: no captions.
+
+    `images`: false leaves them unread.
 
     Raises ConfigError for a folder without images, with images both in and beside sub-folders, and for labels or texts
     of classes where there are none.
@@ -46,7 +53,8 @@ def open_folder(
         columns["label"] = pa.array(np.repeat(np.arange(len(classes)), [len(found[name]) for name in classes]))
     if texts := _texts(caption, classes):
         columns["caption"] = pa.array(texts, pa.list_(pa.string())).take(columns["label"])
-    fields = Fields("image", ("caption",) if texts else (), (), "label" if labels else None)
+    shown = "image" if images else None
+    fields = Fields(shown, ("caption",) if texts else (), (), "label" if labels else None, name="image")
     part = Part(str(folder), root, len(paths))
     names = tuple(classes) if labels else None
     rows = ArrowRows(pa.table(columns))

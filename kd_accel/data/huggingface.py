@@ -14,6 +14,7 @@ from typing import Any
 
 import datasets
 import pyarrow as pa
+from pyarrow import parquet
 
 from kd_accel.data.columns import AUTO, Columns, Fields, pick, top_columns
 from kd_accel.data.rows import Part, RowSource
@@ -35,13 +36,16 @@ def open_dataset(
     AUTO is `image` and `caption`. Raises ConfigError, with what the library says, for what it cannot load.
     """
     fields = Fields.of(image, caption, synthetic, label, defaults=("image", "caption"))
-    return _source(_load(name, split), fields, name, key="data.dataset", max_samples=max_samples)
+    dataset = _load(name, split)
+    part = Part(name, Path(name) if Path(name).is_dir() else Path(), len(dataset))
+    return _source(dataset, fields, [part], key="data.dataset", max_samples=max_samples)
 
 
 def open_parquet(files: list[Path], fields: Fields, *, max_samples: int | None) -> RowSource:
     """Parquet files with images inside, copied once into the cache of `datasets`, where any row is read at once."""
     dataset = _ask("data.table", files[0], lambda: datasets.Dataset.from_parquet([str(file) for file in files]))
-    return _source(dataset, fields, str(files[0]), key="data.table", max_samples=max_samples)
+    parts = [Part(str(file), Path(), parquet.read_metadata(file).num_rows) for file in files]
+    return _source(dataset, fields, parts, key="data.table", max_samples=max_samples)
 
 
 class _Rows:
@@ -64,19 +68,20 @@ def _inside(values: dict[str, Any], name: str) -> Any:
     return values
 
 
-def _source(dataset: datasets.Dataset, fields: Fields, name: str, *, key: str, max_samples: int | None) -> RowSource:
+def _source(
+    dataset: datasets.Dataset, fields: Fields, parts: list[Part], *, key: str, max_samples: int | None
+) -> RowSource:
+    name = parts[0].file
     wanted = top_columns(fields, dataset.column_names, name)
     dataset = dataset.select_columns(wanted).with_format(None)
     for column in wanted:
         if isinstance(dataset.features[column], datasets.Image):
             dataset = dataset.cast_column(column, datasets.Image(decode=False))
     pick(pa.Table.from_batches([], dataset.features.arrow_schema), fields, name)  # checks the types
-    folder = Path(name) if Path(name).is_dir() else Path()
     label = dataset.features.get(fields.label)
     names = tuple(label.names) if isinstance(label, datasets.ClassLabel) else None
     rows = _Rows(dataset, list(fields.keys()))
-    part = Part(name, folder, len(rows))
-    return RowSource(rows, fields, [part], key=key, max_samples=max_samples, class_names=names)
+    return RowSource(rows, fields, parts, key=key, max_samples=max_samples, class_names=names)
 
 
 def _load(name: str, split: str) -> datasets.Dataset:

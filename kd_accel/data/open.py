@@ -25,7 +25,8 @@ from kd_accel.schema import ConfigError
 def open_source(data: DataConfig, *, images: bool, captions: bool) -> tuple[Source, np.ndarray | None]:
     """(the samples, passes per epoch of each shard [shards] or None for once each).
 
-    `images`, `captions`: what somebody wants to see; the rest is not read. Raises ConfigError for what cannot be had.
+    `images`, `captions`: what somebody wants to see; the rest is not read, and no sample has another id or key for it.
+    Raises ConfigError for what cannot be had.
     """
     sections = list(sources_of(data).values())
     opened = [open_one(section, images=images, captions=captions) for section in sections]
@@ -59,20 +60,22 @@ def open_one(section: SourceConfig, *, images: bool, captions: bool) -> Source:
     caption = section.caption if captions else None
     if section.folder is not None:
         labels = section.label is not None
-        return open_folder(section.folder, caption=caption, labels=labels, max_samples=section.max_samples)
+        return open_folder(
+            section.folder, caption=caption, labels=labels, max_samples=section.max_samples, images=images
+        )
     columns: dict[str, Any] = {
-        "image": section.image if images else None,
         "caption": caption,
         "synthetic": section.synthetic if captions else None,
         "label": section.label,
         "max_samples": section.max_samples,
     }
     if section.table is not None:
-        return open_table(section.table, image_root=section.image_root, **columns)
+        root = section.image_root
+        return open_table(section.table, image=section.image, image_root=root, images=images, **columns)
     from kd_accel.data.huggingface import open_dataset  # `datasets` takes long to import
 
     assert section.dataset is not None, "a source is one of them"
-    return open_dataset(section.dataset, split=section.split, **columns)
+    return open_dataset(section.dataset, split=section.split, image=section.image if images else None, **columns)
 
 
 def _open_tars(section: SourceConfig, *, images: bool, captions: bool) -> Source:

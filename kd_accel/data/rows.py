@@ -56,9 +56,10 @@ class ArrowRows:
     def __getitem__(self, row: int) -> dict[str, Any]:
         return {name: column[row].as_py() for name, column in self._columns.items()}
 
-    def text(self, column: str, row: int) -> str | None:
-        """A value as it can be shown, whatever its bytes are; None where it is null."""
-        data = self._columns[column][row].as_buffer()
+    def text(self, column: str | None, row: int) -> str | None:
+        """A value as it can be shown, whatever its bytes are; None where it is null, or there is no such column."""
+        values = None if column is None else self._columns.get(column)
+        data = None if values is None else values[row].as_buffer()
         return None if data is None else data.to_pybytes().decode("utf-8", "backslashreplace")
 
 
@@ -102,10 +103,8 @@ class RowSource(Source):
         return Sample(sample_id, self.key(sample_id), image, captions, label, synthetic)
 
     def key(self, sample_id: int) -> str:
-        """The path of the image as the row has it; without one, the number of the row in its file, from 0."""
-        path = None
-        if self.fields.image is not None and isinstance(self.rows, ArrowRows):
-            path = self.rows.text(self.fields.image, sample_id)
+        """The path of the image as the row has it, read or not; without one, the number of the row in its file."""
+        path = self.rows.text(self.fields.name, sample_id) if isinstance(self.rows, ArrowRows) else None
         return path or str(self._part(sample_id)[1])
 
     def shard(self, sample_id: int) -> str:

@@ -18,6 +18,7 @@ from __future__ import annotations
 import codecs
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -47,22 +48,26 @@ def open_table(
     label: str | None = None,
     image_root: str | None = None,
     max_samples: int | None = None,
+    images: bool = True,
 ) -> RowSource:
     """The rows of one or several files of one format; the arguments name columns, None: the samples have no such thing.
 
+    `images`: false leaves them unread, and they need not be there; rows and their names are the same either way.
     Relative image paths start from `image_root`; None: from the folder of the file that has them. Brace ranges in
     `paths` are expanded. Raises ConfigError for files that are missing or cannot be parsed and for absent columns.
     """
     files = expand_files(paths)
     suffix = _format(files)
     read, *defaults = FORMATS[suffix]
-    fields = Fields.of(image, caption, synthetic, label, defaults=tuple(defaults))
-    if not fields.keys():
+    fields = Fields.of(image, caption, synthetic, label, defaults=tuple(defaults), images=images)
+    if not fields.keys() and fields.name is None:
         raise ConfigError("data.image, data.caption: both are null, so there is nothing to read")
     if suffix == ".parquet" and _ask(files[0], _holds_images, fields):
-        from kd_accel.data.huggingface import open_parquet  # `datasets` takes long to import
+        if fields.image is not None:
+            from kd_accel.data.huggingface import open_parquet  # `datasets` takes long to import
 
-        return open_parquet(files, fields, max_samples=max_samples)
+            return open_parquet(files, fields, max_samples=max_samples)
+        fields = replace(fields, name=None)
     tables = [pick(_ask(file, read, fields), fields, file) for file in files]
     parts = [Part(str(file), _folder(file, image_root), len(t)) for file, t in zip(files, tables, strict=True)]
     try:
@@ -111,7 +116,8 @@ def _read_separated(file: Path, fields: Fields) -> pa.Table:
     with file.open("rb") as stream:
         header = stream.readline()
     tabs = file.suffix.lower() == ".tsv" or b"\t" in header
-    numbered = all(name.isdecimal() for name in fields.keys())
+    asked = fields.keys()
+    numbered = bool(asked) and all(name.isdecimal() for name in asked)
     quotes = {"quote_char": False} if tabs else {"newlines_in_values": True}
     parsing = csv.ParseOptions(delimiter="\t" if tabs else ",", **quotes)
     found = _names(header, parsing)
@@ -156,7 +162,7 @@ def _read_parquet(file: Path, fields: Fields) -> pa.Table:
 
 def _holds_images(file: Path, fields: Fields) -> bool:
     schema = parquet.read_schema(file)
-    return fields.image in schema.names and is_embedded(schema.field(fields.image).type)
+    return fields.name in schema.names and is_embedded(schema.field(fields.name).type)
 
 
 def _read_lines(file: Path, fields: Fields) -> pa.Table:

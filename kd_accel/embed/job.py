@@ -68,8 +68,7 @@ def live_job(config: EmbedConfig) -> Job:
         **_of_every_store(config, towers),
     )
     teacher.to(own_device(), DTYPES[config.precision])
-    images = any(contract.image for contract in contracts.values())  # training goes by pictures then, and so do keys
-    return Job(config, teacher, _source(config, towers, images=images), views, info)
+    return Job(config, teacher, _source(config, towers), views, info)
 
 
 def imported_job(config: EmbedConfig, width: int) -> Job:
@@ -87,7 +86,7 @@ def imported_job(config: EmbedConfig, width: int) -> Job:
         views=None,
         **_of_every_store(config, towers),
     )
-    return Job(config, None, _source(config, towers, images="image" in towers), None, info)
+    return Job(config, None, _source(config, towers), None, info)
 
 
 def live_teacher(config: EmbedConfig) -> Teacher:
@@ -150,5 +149,5 @@ def _of_every_store(config: EmbedConfig, towers: list[str]) -> dict:
     }
 
 
-def _source(config: EmbedConfig, towers: list[str], *, images: bool) -> Source:
-    return open_source(config.data, images=images, captions="text" in towers)[0]
+def _source(config: EmbedConfig, towers: list[str]) -> Source:
+    return open_source(config.data, images="image" in towers, captions="text" in towers)[0]

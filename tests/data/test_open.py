@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import tarfile
 from itertools import islice
 
 import datasets
+import pyarrow as pa
 import pytest
 import torch
+from pyarrow import parquet
 
 from kd_accel import pack
 from kd_accel.config_files import load
 from kd_accel.data.loader import TrainLoader
 from kd_accel.data.open import open_one
+from kd_accel.data.store_files import shard_names
 from kd_accel.data_config import DataConfig, SourceConfig
 from kd_accel.pack_config import PackConfig
 from kd_accel.schema import ConfigError
@@ -48,10 +52,41 @@ def test_every_kind_gives_the_same_samples(source, kind, jpeg):
         assert [s.label for s in samples] == [None, None]
 
 
-@pytest.mark.parametrize("kind", ["shards", "table", "dataset"])
-def test_captions_alone(source, kind):
-    opened = open_one(load(SourceConfig, **{kind: source[kind]}), images=False, captions=True)
-    assert [(s.image, s.captions) for s in map(opened.read, (0, 1))] == [(None, ("caption 0",)), (None, ("caption 1",))]
+@pytest.fixture
+def sections(source, tmp_path, jpeg, monkeypatch) -> dict[str, dict]:
+    """Every way to name the two samples, by a word for it."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    rows = [{"filepath": f"images/caption {i}/0.jpg", "title": f"caption {i}"} for i in range(2)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "pairs.parquet")
+    inside = [str(tmp_path / f"inside_{i}.parquet") for i in range(2)]
+    for i, file in enumerate(inside):
+        datasets.load_from_disk(source["dataset"]).select([i]).to_parquet(file)
+    named = [{"id": i, "file_name": row["filepath"]} for i, row in enumerate(rows)]
+    texts = [{"image_id": i, "caption": f"caption {i}"} for i in (1, 0)]
+    (tmp_path / "coco.json").write_text(json.dumps({"images": named, "annotations": texts}))
+    pairs = [{"image": row["filepath"], "caption": row["title"]} for row in rows]
+    (tmp_path / "albef.json").write_text(json.dumps(pairs))
+    files = {
+        name: {"table": str(tmp_path / name)} for name in ("pairs.jsonl", "pairs.parquet", "coco.json", "albef.json")
+    }
+    with_images = {"table": inside, "image": "image", "caption": "caption"}
+    return {kind: {kind: source[kind]} for kind in SourceConfig.KINDS} | files | {"images inside": with_images}
+
+
+WAYS = (*SourceConfig.KINDS, "pairs.jsonl", "pairs.parquet", "coco.json", "albef.json", "images inside")
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_what_is_read_of_samples_changes_neither_their_names_nor_their_number(sections, way):
+    """A store of texts is made without a look at the pictures, and read by a training that looks at them."""
+    section = load(SourceConfig, **sections[way])
+    opened = [open_one(section, images=images, captions=True) for images in (True, False)]
+    seen, unseen = ([(s.key(i), s.shard(i), s.read(i).captions) for i in range(s.num_samples)] for s in opened)
+    assert len(seen) == 2
+    assert unseen == seen
+    assert [shard_names(source) for source in opened] == [shard_names(opened[0])] * 2
+    assert [opened[1].read(i).image for i in range(2)] == [None, None]
 
 
 def test_options_reach_their_kind(source, tmp_path):

@@ -113,6 +113,18 @@ def test_conceptual_captions_without_images(tmp_path):
         open_table(str(path), image=None, caption="2")
 
 
+def test_pictures_that_nobody_wants_to_see(tmp_path):
+    """They name the rows and need not be there; a table without their column has numbers."""
+    (tmp_path / "pairs.csv").write_text("filepath,title\na.jpg,one\nb.jpg,two\n")
+    (tmp_path / "texts.csv").write_text("title\none\ntwo\n")
+    for name, keys in (("pairs.csv", ["a.jpg", "b.jpg"]), ("texts.csv", ["0", "1"])):
+        source = open_table(str(tmp_path / name), images=False)
+        samples = [source.read(i) for i in range(source.num_samples)]
+        assert [(s.key, s.image, s.captions) for s in samples] == [(keys[0], None, ("one",)), (keys[1], None, ("two",))]
+    assert open_table(str(tmp_path / "pairs.csv"), image=None).key(1) == "1"
+    assert open_table(str(tmp_path / "pairs.csv"), caption=None, images=False).num_samples == 2
+
+
 @pytest.mark.parametrize("text", [b'one\n\n  \ntwo \r\n"three"', b'one\ntwo\n"three"\n'])
 def test_lines_of_text(tmp_path, text):
     """A caption each; empty lines are none, with or without an end of the last line."""

@@ -158,18 +158,42 @@ def test_a_live_run_goes_on_from_the_store(store, tmp_path, data, teacher):
     assert losses(tmp_path / "resumed") == pytest.approx(losses(tmp_path / "live"), rel=LOSS)
 
 
-def test_texts_of_a_table_with_pictures(make, tmp_path, teacher):
-    """A row is known by its picture's path, in training and in a store of nothing but texts."""
+@pytest.fixture
+def pairs(tmp_path) -> dict:
+    """The section of a table that names 8 pictures and their texts."""
     for i in range(8):
         Image.new("RGB", (64, 56), (30 * i, 0, 0)).save(tmp_path / f"{i}.png")
     (tmp_path / "pairs.csv").write_text("filepath,title\n" + "".join(f"{i}.png,number {i}\n" for i in range(8)))
-    section = {"table": str(tmp_path / "pairs.csv"), "global_batch_size": 4, "num_workers": 0}
-    store = make(data=section, towers=["text"], verify=0)
-    found = seen(
-        train_config(tmp_path, "", teacher, data=section, teacher={"path": str(teacher), "store": str(store)}), epochs=1
-    )
+    return {"table": str(tmp_path / "pairs.csv"), "global_batch_size": 4, "num_workers": 0}
+
+
+def test_texts_of_a_table_with_pictures(make, tmp_path, teacher, pairs):
+    """A row is known by its picture's path, in training and in a store of nothing but texts."""
+    store = make(data=pairs, towers=["text"], verify=0)
+    section = {"path": str(teacher), "store": str(store)}
+    found = seen(train_config(tmp_path, "", teacher, data=pairs, teacher=section), epochs=1)
     assert len(found) == 4
     assert {features["text"].dtype for _, features in found} == {torch.float16}
+
+
+@pytest.mark.parametrize("npy", ["all.npy", "npy"])
+def test_texts_of_a_table_to_files_and_back(make, tmp_path, teacher, pairs, npy):
+    """Of other programs' features too: training on pictures finds in both stores the samples that it reads."""
+    of_texts = {"data": pairs, "towers": ["text"], "verify": 0}
+    make(**of_texts)
+    make(to_npy=str(tmp_path / npy), **of_texts)
+    folder = make(from_npy=str(tmp_path / npy), out=str(tmp_path / "imported"), **of_texts)
+    terms = {"regression": {"kind": "simreg", "match": {"image": "text"}}}
+    wanted = {"data": pairs, "objective": {"terms": terms}}
+    stores = [tmp_path / "store", folder]
+    first, second = (
+        seen(train_config(tmp_path, "", teacher, teacher=cached(store, temperature=0.05), **wanted), epochs=1)
+        for store in stores
+    )
+    assert len(first) == 4
+    for (ids, a), (same, b) in zip(first, second, strict=True):
+        assert ids == same
+        assert a["text"].equal(b["text"])
 
 
 def hybrid(make, tmp_path, data, release) -> TrainConfig:
