@@ -215,7 +215,7 @@ def _samples(config: PlanConfig, global_batch: int) -> tuple[int | None, int | N
     on_epoch, optim = config.samples_per_epoch or config.data.num_samples, config.optim
     if on_epoch is None:
         with suppress(ConfigError):  # then there is no data yet, and hours stay unknown
-            on_epoch = open_source(config.data, images=False, captions=False)[0].num_samples
+            on_epoch = open_source(config.data, images=False, captions=True)[0].num_samples
     if optim.samples is not None or optim.steps is not None:
         return on_epoch, optim.samples or optim.steps * global_batch
     return on_epoch, None if on_epoch is None else optim.epochs * (on_epoch // global_batch) * global_batch

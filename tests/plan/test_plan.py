@@ -184,6 +184,16 @@ def test_without_data_it_asks_for_the_samples(tmp_path, capsys):
     assert said["hours"].keys() == {"A100", "H100", "H200", "L40S", "CPU"}
 
 
+@pytest.mark.parametrize(
+    ("name", "head", "row"), [("pairs.csv", "filepath,title\n", "absent.jpg,text\n"), ("texts.txt", "", "text\n")]
+)
+def test_tables_are_counted_without_their_pictures(name, head, row, tmp_path):
+    (tmp_path / name).write_text(head + 16 * row)
+    data = {"table": str(tmp_path / name), "batch_size": 8, "num_workers": 0}
+    values = training(tmp_path, tmp_path, {"arch": arch()}, data=data, optim={"lr": 1e-3, "epochs": 3})
+    assert plan_of(values).samples == 3 * 16
+
+
 @pytest.mark.parametrize("devices", ["H100", "0xH100", "8xT4", "8 H100"])
 def test_unknown_devices_are_refused(devices, tmp_path):
     with pytest.raises(ConfigError, match="devices"):
