@@ -11,11 +11,12 @@ SHOWN = {  # of each kind of row: the metrics that the table has room for
     "winogavil": ("avg_jaccard_score", "jaccard_score_10-12"),
     "linear_probe": ("acc1", "acc5", "mean_per_class_recall"),
 }
+ASKED = ("acc_seen", "acc_unseen", "harmonic_mean")  # shown where a row has them: seen_classes was given
 
 
 def in_words(row: Row) -> str:
     """One line about a row."""
-    shown = {name: row["metrics"].get(name) for name in SHOWN[row["task"]]}
+    shown = {name: row["metrics"].get(name) for name in _shown([row])}
     metrics = ", ".join(f"{name} {_percent(value)} %" for name, value in shown.items() if value is not None)
     probe = "linear probe " if row["task"] == "linear_probe" else ""
     return f"{row['dataset']}: {probe}{metrics}; {row['n']} images" + (
@@ -26,7 +27,7 @@ def in_words(row: Row) -> str:
 def table(rows: list[Row]) -> str:
     """The rows in aligned columns, metrics in percent; the sets of each kind under one head."""
     kinds = dict.fromkeys(row["task"] for row in rows)
-    return "\n\n".join(_table_of(kind, [row for row in rows if row["task"] == kind]) for kind in kinds)
+    return "\n\n".join(_table_of([row for row in rows if row["task"] == kind]) for kind in kinds)
 
 
 def averages(rows: list[Row]) -> str:
@@ -34,15 +35,22 @@ def averages(rows: list[Row]) -> str:
     return "".join(f"{name}: {_percent(value)} %\n" for name, value in aggregates(rows).items() if value is not None)
 
 
-def _table_of(kind: str, rows: list[Row]) -> str:
-    metrics = SHOWN[kind]
+def _table_of(rows: list[Row]) -> str:
+    """Of rows of one kind."""
+    metrics = _shown(rows)
     heads = [f"{metric} %".replace("_retrieval_recall@", " R@") for metric in metrics]  # six long names fill no screen
-    lines = [[kind, "images", "unreadable", *heads]]
+    lines = [[rows[0]["task"], "images", "unreadable", *heads]]
     for row in rows:
         values = [_percent(row["metrics"].get(metric)) for metric in metrics]
         lines.append([row["dataset"], str(row["n"]), str(row["bad"]), *values])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(_aligned(line, widths) for line in lines)
+
+
+def _shown(rows: list[Row]) -> list[str]:
+    """The metrics of rows of one kind that people are shown."""
+    asked = [metric for metric in ASKED if any(metric in row["metrics"] for row in rows)]
+    return [*SHOWN[rows[0]["task"]], *asked]
 
 
 def _aligned(cells: list[str], widths: list[int]) -> str:

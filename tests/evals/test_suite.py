@@ -16,7 +16,7 @@ from kd_accel.evals.encoder import load_encoder
 from kd_accel.evals.evaluate import evaluate
 from kd_accel.evals.plan import make_plan
 from kd_accel.evals.suite import run
-from kd_accel.evals.table import table
+from kd_accel.evals.table import in_words, table
 from kd_accel.models.image import to_model_input
 from kd_accel.schema import ConfigError
 
@@ -235,6 +235,26 @@ def test_the_table_is_aligned():
     lines = table(rows).splitlines()
     assert len({len(line) for line in lines}) == 1
     assert lines[1].split() == ["a", "7", "0", "100.00", "-", "12.50"]
+
+
+def test_seen_and_unseen_classes_are_shown_where_they_were_asked_for():
+    """As columns, and in the line about a row; a set without unseen classes has a dash."""
+    usual = {"acc1": 0.5, "acc5": 1.0, "mean_per_class_recall": 0.5}
+    gzsl = {"acc_seen": 0.75, "acc_unseen": 0.25, "harmonic_mean": 0.375}
+    asked, without, all_seen = (
+        {"task": "zero_shot", "dataset": name, "n": 7, "bad": 0, "metrics": usual | metrics}
+        for name, metrics in {
+            "asked": gzsl,
+            "without": {},
+            "all_seen": gzsl | {"acc_unseen": None, "harmonic_mean": None},
+        }.items()
+    )
+    head, *lines = (line.split() for line in table([asked, without, all_seen]).splitlines())
+    assert head[-6:] == ["acc_seen", "%", "acc_unseen", "%", "harmonic_mean", "%"]
+    assert [line[-3:] for line in lines] == [["75.00", "25.00", "37.50"], ["-", "-", "-"], ["75.00", "-", "-"]]
+    assert "acc_seen" not in table([without])
+    assert "acc_seen 75.00 %, acc_unseen 25.00 %, harmonic_mean 37.50 %; 7 images" in in_words(asked)
+    assert "unseen" not in in_words(without)
 
 
 def test_real_sets(encoder, data_root, tmp_path):
