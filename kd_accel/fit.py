@@ -120,7 +120,8 @@ def check_class_width(key: str, embeddings: Tensor, widths: dict[str, int]) -> N
     if embeddings.shape[1] != width:
         raise ConfigError(
             f"{key}: class embeddings are {embeddings.shape[1]} wide, the student's image features {width}: set"
-            " student.projector=linear with the teacher that made them, or give embeddings of that width"
+            f" student.projector=linear with the teacher that made them, or student.embed_dim={embeddings.shape[1]}"
+            f" (of an inline arch student.arch.embed_dim), or give embeddings {width} wide"
         )
 
 
@@ -143,6 +144,7 @@ def _check_widths(key: str, term: terms.Term, widths: dict[str, int], teachers: 
         return []
     given = ", ".join(map(str, sorted(ours)))
     return [
-        f"{key} compares features of the student ({given} wide) and of the teacher ({theirs} wide):"
-        " set student.projector=linear, or that term to null"
+        f"{key} compares features of the student ({given} wide) and of the teacher ({theirs} wide): set"
+        f" student.projector=linear, student.embed_dim={theirs} (of an inline arch student.arch.embed_dim={theirs}),"
+        f" {key}.kind=logit_kl or another that compares no rows (rkd, affinity), or {key}=null"
     ]

@@ -36,9 +36,20 @@ def check(
     ).split(),
 )
 def test_features_of_two_widths_cannot_be_compared(kind):
-    """The student's projector makes them alike."""
-    with pytest.raises(ConfigError, match=r"objective.terms.x .* \(8 wide\) .* \(12 wide\): set student.projector"):
+    """The student's projector makes them alike; the line names it, and each other key that helps."""
+    with pytest.raises(
+        ConfigError, match=r"objective.terms.x .* \(8 wide\) .* \(12 wide\): set student.projector"
+    ) as error:
         check({"kind": kind})
+    said = str(error.value)
+    assert "\n" not in said
+    for key in (
+        "student.embed_dim=12",
+        "student.arch.embed_dim=12",
+        "objective.terms.x.kind=",
+        "objective.terms.x=null",
+    ):
+        assert key in said
     check({"kind": kind}, widths=WIDTHS | {"projected_image": 12, "projected_text": 12})
 
 
@@ -112,6 +123,7 @@ def test_siglip_needs_a_bias():
 def test_class_embeddings_of_another_width():
     """They have to be as wide as the student's image features, or what its projector makes of them."""
     embeddings = torch.randn(3, 12)
-    with pytest.raises(ConfigError, match=r"the.key: class embeddings are 12 wide, the student's image features 8"):
+    said = r"the.key: class embeddings are 12 wide, the student's image features 8: .* student.embed_dim=12"
+    with pytest.raises(ConfigError, match=said):
         check_class_width("the.key", embeddings, WIDTHS)
     check_class_width("the.key", embeddings, WIDTHS | {"projected_image": 12})
