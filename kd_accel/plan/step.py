@@ -109,7 +109,7 @@ def objective_cost(
 
     memory grows with the global batch, and with the chunk of rows times it. Not inside shapes_only().
     """
-    chunk, small, large = min(config.objective.chunk_rows, rows, 64), 128, 256
+    chunk, small, large = max(2, min(config.objective.chunk_rows, 64)), 128, 256
     first, second, third = (
         _objective_step(config, student, teachers, rows=n, chunk_rows=c)
         for n, c in ((small, chunk), (large, chunk), (large, chunk // 2))

@@ -85,6 +85,13 @@ def test_memory_of_zero_2_is_that_of_deepspeed(tmp_path, train_shards):
     assert plan.memory[2].total == pytest.approx(measured["peak"], rel=0.15)
 
 
+def test_one_row_per_process(tmp_path, train_shards):
+    values = training(tmp_path, train_shards, CASES["ViT, fp32"][0])
+    plan = plan_of(values | {"data": values["data"] | {"batch_size": 1}})
+    assert plan.rows == 1
+    assert 0 < plan.objective.peak < plan.student.peak
+
+
 def test_a_checkpoint_is_as_large_as_the_plan_says(tmp_path, train_shards):
     student, _ = CASES["ViT, fp32"]
     values = training(tmp_path, train_shards, student, train={"ema_decay": 0.9})
