@@ -191,7 +191,7 @@ def summary(teacher: Path, runs: dict[str, list[Path]]) -> dict[str, dict]:
     """By set: chance, the teacher's score, and of every objective mean, error, gain, gain_error, seeds; 0..1.
 
     error: of the mean as an estimate for other seeds and other images, sqrt(s^2 / k + p (1 - p) / n) with k seeds, s
-    their standard deviation, p the mean, n images (for recall both directions count as one draw per image).
+    their standard deviation (0 of one seed), p the mean, n images (recall: both directions are one draw per image).
     gain: mean over seeds of the difference to the student without teacher of the same seed, on the same images;
     gain_error: s / sqrt(k) of these differences.
     """
@@ -207,7 +207,7 @@ def summary(teacher: Path, runs: dict[str, list[Path]]) -> dict[str, dict]:
             gains = [a - b for a, b in zip(mine, values[ALONE], strict=True)]
             found[key][title] = {
                 "mean": mean,
-                "error": math.sqrt(seed_error(mine) ** 2 + mean * (1 - mean) / images[key]),
+                "error": math.hypot(seed_error(mine) or 0, math.sqrt(mean * (1 - mean) / images[key])),
                 "gain": statistics.mean(gains),
                 "gain_error": seed_error(gains),
                 "seeds": mine,
@@ -215,9 +215,9 @@ def summary(teacher: Path, runs: dict[str, list[Path]]) -> dict[str, dict]:
     return found
 
 
-def seed_error(values: list[float]) -> float:
-    """Standard error of the mean over seeds; nan of one seed."""
-    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+def seed_error(values: list[float]) -> float | None:
+    """Standard error of the mean over seeds; None of one seed."""
+    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
 
 
 def table(found: dict[str, dict]) -> str:
