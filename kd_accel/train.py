@@ -102,7 +102,7 @@ class Trainer:
             timeout_s=config.train.timeout_s,
         )
         with distributed.failing_together():
-            check_there(config.data)  # before a teacher is fetched
+            self._check_data()
         set_seed(config.seed)  # weights start alike on every rank
         self.teachers = assembly.build_teachers(config)
         self.student = assembly.build_student(config, self.teachers)
@@ -271,6 +271,10 @@ class Trainer:
         return None if parts[0] is None else torch.cat(parts).to(self.accelerator.device)
 
     # Set-up -----------------------------------------------------------------------------------------------------------
+
+    def _check_data(self) -> None:
+        """Before a teacher is fetched. Raises ConfigError."""
+        check_there(self.config.data)
 
     def _build_loader(self) -> TrainLoader | StreamLoader:
         return assembly.build_loader(self.config, self.student, self.teachers)

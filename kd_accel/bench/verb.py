@@ -68,6 +68,10 @@ class _Trainer(Trainer):
         self._given = given
         super().__init__(config)
 
+    def _check_data(self) -> None:
+        if self._given == "data":
+            super()._check_data()
+
     def _build_loader(self):
         if self._given == "data":
             return super()._build_loader()
