@@ -31,7 +31,7 @@ def test_what_is_slow_to_import_waits(module):
 
 DEEPSPEED = """
 import sys, torch
-from kd_accel import distributed
+from kd_accel import processes
 from kd_accel.launch import start_accelerator
 accelerator = start_accelerator(precision="fp32", batch_size=4, grad_clip_norm=1.0)
 model = torch.nn.Linear(2, 2)
@@ -40,7 +40,7 @@ print("muon" if "deepspeed.runtime.zero.muon.muon_optimizer" in sys.modules else
 print("compiler" if "torch._inductor.compile_fx" in sys.modules else "")
 from deepspeed.runtime import compiler
 assert compiler.compile() is torch.compile
-distributed.end_process(0)
+processes.end_process(0)
 """
 
 

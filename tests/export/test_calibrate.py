@@ -63,7 +63,7 @@ def test_of_many_pictures_some_are_taken_from_everywhere(tmp_path, releases):
 def test_a_float_student_becomes_int8(tmp_path, releases, pictures, backend, capsys):
     """Its features are near; console and card say how near; what was found travels with the release."""
     for package in (backend, "onnx", "onnxscript", "onnxruntime"):
-        pytest.importorskip(package, reason='the extras "export" and "quant" are not installed')
+        pytest.importorskip(package, reason=f"{package} is not installed: kd-accel[export,quant,quant-cpu]")
     out, again = tmp_path / "made", tmp_path / "again"
     words = ["format=onnx", f"int8={backend}", f"calibrate={pictures}"]
     assert main(["export", str(releases("vit")), f"out={out}", *words]) == 0
