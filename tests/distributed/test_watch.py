@@ -39,7 +39,7 @@ assert seen.steps == [10, 20, 30, 40], seen.steps
 again = Evaluations(at_10=stop)
 watch(run, again, interval_s=0.05)
 assert (again.steps, again.tasks) == ([10], 1), (again.steps, again.tasks)
-print("rank", distributed.rank(), "is done")
+print(f"rank {distributed.rank()} is done")  # one piece, also where Python does not buffer
 processes.end_process(0)
 """
 
