@@ -82,7 +82,10 @@ ALL = [Cell(*parts) for parts in itertools.product(ENGINES, ACCUMULATE, TERMS, P
 CELLS = {
     "reference": [Cell("ddp", 1, objective, "fp32") for objective in TERMS],  # for one process, which has no DDP
     "some": [Cell(*parts, "fp32") for parts in itertools.product([*ENGINES[:4], "fsdp2"], [1, 2], TERMS)],
-    **{engine: [cell for cell in ALL if cell.engine == engine] for engine in ENGINES},
+    **{
+        f"{engine}-{precision}": [cell for cell in ALL if (cell.engine, cell.precision) == (engine, precision)]
+        for engine, precision in itertools.product(ENGINES, PRECISIONS)
+    },
 }
 
 

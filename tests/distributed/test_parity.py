@@ -78,13 +78,17 @@ def test_two_ranks_equal_one(some, cell):
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
 def test_table(tiny_teacher, tmp_path, capsys):
-    """Every engine x accumulation x ranks x objective x precision; prints the table of differences."""
-    for ranks, engines in itertools.product(RANKS, (ENGINES[:3], ENGINES[3:])):  # no process ever frees an engine
-        compute(tmp_path, tiny_teacher, ranks, ",".join(engines))
+    """Every engine x accumulation x ranks x objective x precision; prints the table of differences.
+
+    Four ranks in fp32 alone: what they add to two is below what bf16 rounds.
+    """
+    launches = list(itertools.product((1, 2), PRECISIONS)) + [(4, "fp32")]
+    for ranks, precision in launches:  # no process ever frees an engine: one launch for all would take too much memory
+        compute(tmp_path, tiny_teacher, ranks, ",".join(f"{engine}-{precision}" for engine in ENGINES))
     lines = [f"{'gradients / parameters after 5 steps':36}" + "".join(f"{f'{ranks} ranks':>20}" for ranks in RANKS)]
     for precision, objective, engine, accumulate in itertools.product(PRECISIONS, TERMS, ENGINES, ACCUMULATE):
         cell = Cell(engine, accumulate, objective, precision)
-        cells = [check(tmp_path, cell, ranks) for ranks in RANKS]
+        cells = [check(tmp_path, cell, ranks) for ranks in RANKS if (ranks, precision) in launches]
         row = f"{precision} {objective:8} {engine:6} accumulate {accumulate}"
         lines.append(f"{row:36}" + "".join(f"{c['gradient']:>11.1e} {c['parameter']:.1e}" for c in cells))
     with capsys.disabled():
