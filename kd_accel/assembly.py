@@ -24,7 +24,8 @@ from kd_accel.models.class_embeddings import class_embeddings
 from kd_accel.models.image import to_model_input
 from kd_accel.models.inherit import inherit
 from kd_accel.models.int8 import quantise
-from kd_accel.models.release import read_release, resolve_release
+from kd_accel.models.release import read_release
+from kd_accel.models.release_folder import resolve_release
 from kd_accel.models.running_stats import running_statistics
 from kd_accel.models.sparsity import sparsify
 from kd_accel.models.student import Student

@@ -15,6 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 import tiny
+import warm_python
 
 REPO = Path(__file__).resolve().parent.parent
 EXIT_STATUS = pytest.StashKey[int]()
@@ -61,15 +62,12 @@ def run_ranks() -> Callable[..., str]:
     return _run_ranks
 
 
-def _run_ranks(args: str | Path | list[str], nproc: int = 2, *, env: dict | None = None, timeout: float = 120) -> str:
-    """Run a Python script (or ["-m", "module", ...]) on `nproc` gloo ranks under torchrun; its output, stderr included.
-
-    A run that fails or outlives `timeout` seconds fails the test and shows what the ranks printed.
-    """
+def _run_ranks(args: str | Path | list[str], nproc: int = 2, **how) -> str:
+    """Run a Python script (or ["-m", "module", ...]) on `nproc` gloo ranks under torchrun, as run_process does."""
     words = [str(word) for word in args] if isinstance(args, list) else [str(args)]
     # --standalone takes a free port by itself and holds it: no race between two test runs on one machine
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"]
-    return run_process([*launcher, *words], env=env, timeout=timeout)
+    return run_process([*launcher, *words], **how)
 
 
 def kill_tree(pid: int) -> None:
@@ -80,11 +78,17 @@ def kill_tree(pid: int) -> None:
             process.kill()
 
 
-def run_process(command: list[str], *, env: dict | None = None, timeout: float = 120, code: int = 0) -> str:
-    """Run `command` in the repository, without a GPU; its output. The test fails unless it ends in time with `code`."""
+def run_process(
+    command: list[str], *, env: dict | None = None, timeout: float = 120, code: int = 0, cold: bool = False
+) -> str:
+    """Run `command` in the repository, without a GPU; its output, stderr included.
+
+    The test fails, and shows the output, unless it ends within `timeout` seconds with `code`. `cold`: its Python
+    programs import for themselves, where a test is about their start or their memory.
+    """
     path = os.pathsep.join(filter(None, [str(REPO), str(REPO / "tests"), os.environ.get("PYTHONPATH")]))
     quiet = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path}
-    with subprocess.Popen(
+    with (subprocess if cold else warm_python).Popen(
         command,
         cwd=REPO,
         env={**os.environ, **quiet, **(env or {})},

@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from kd_accel.config import TrainConfig
 from kd_accel.data.transforms import decode, eval_view
 from kd_accel.models.image import encode_image
-from kd_accel.models.release import read_release, resolve_release
+from kd_accel.models.release import read_release
+from kd_accel.models.release_folder import resolve_release
 from kd_accel.models.text import encode_text
 from kd_accel.schema import ConfigError, validate
 from kd_accel.train import Trainer, run

@@ -48,6 +48,6 @@ def test_deepspeed_starts_without_torchs_compiler(tmp_path, run_ranks):
     """Preparing asks for DeepSpeed's Muon, whose kernels would be compiled."""
     (tmp_path / "start.py").write_text(DEEPSPEED)
     env = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}
-    out = run_ranks(tmp_path / "start.py", 1, env=env)
+    out = run_ranks(tmp_path / "start.py", 1, env=env, cold=True)
     assert "muon" in out.split()
     assert "compiler" not in out.split()

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from kd_accel import assembly, checkpoint, saver
 from kd_accel.config import TrainConfig
 from kd_accel.engine import Engine
-from kd_accel.models.release import resolve_release
+from kd_accel.models.release_folder import resolve_release
 from kd_accel.models.scale import Scale
 from kd_accel.schema import ConfigError, validate
 from kd_accel.train import Trainer, run

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from kd_accel.eval_config import EvalConfig
 from kd_accel.evals import suite
-from kd_accel.models.release import resolve_release, run_and_step
+from kd_accel.models.release_folder import resolve_release, run_and_step
 from kd_accel.schema import ConfigError
 from kd_accel.text_files import read_rows
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kd_accel.demo.runs import results, speed
-from kd_accel.models.release import resolve_release
+from kd_accel.models.release_folder import resolve_release
 from kd_accel.report.runs import count_parameters
 
 

@@ -14,7 +14,7 @@ from kd_accel.demo.digits import write_data
 from kd_accel.demo.runs import evaluate, train
 from kd_accel.demo.table import row_of, table, verdict
 from kd_accel.demo_config import DemoConfig
-from kd_accel.models.release import resolve_release
+from kd_accel.models.release_folder import resolve_release
 from kd_accel.report.verb import write_report
 
 

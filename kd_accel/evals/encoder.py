@@ -29,7 +29,8 @@ from kd_accel.evals.run_teachers import TEACHER, teacher_of_run, teachers_of_run
 from kd_accel.evals.stored_texts import SUFFIXES, StoredTexts
 from kd_accel.models.build import build_teacher
 from kd_accel.models.device import DTYPES, own_device
-from kd_accel.models.release import read_release, resolve_release, run_and_step
+from kd_accel.models.release import read_release
+from kd_accel.models.release_folder import resolve_release, run_and_step
 from kd_accel.schema import ConfigError, validate
 from kd_accel.sections import TeacherConfig
 from kd_accel.types import ImageInput, InputContract

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kd_accel.models.image import to_model_input
 from kd_accel.models.onnx_meta import FILE, OnnxImage, OnnxMeta, OnnxText
-from kd_accel.models.release import CONFIG
+from kd_accel.models.release_folder import CONFIG
 from kd_accel.schema import ConfigError, one_line
 from kd_accel.types import ImageInput, TextInput
 

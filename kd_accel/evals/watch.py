@@ -12,7 +12,7 @@ from typing import Any
 
 from kd_accel import distributed
 from kd_accel.checkpoint import published, read_progress, step_of
-from kd_accel.models.release import CONFIG
+from kd_accel.models.release_folder import CONFIG
 from kd_accel.schema import ConfigError
 from kd_accel.signals import INTERRUPTING, StopSignals
 

@@ -14,7 +14,8 @@ from kd_accel.export_config import ExportConfig
 from kd_accel.models.class_head import FILE, ClassHead, read_class_head
 from kd_accel.models.hf_text import HFTextTower
 from kd_accel.models.int8_state import Int8State, read_int8
-from kd_accel.models.release import read_release, resolve_release
+from kd_accel.models.release import read_release
+from kd_accel.models.release_folder import resolve_release
 from kd_accel.models.scale import Scale
 from kd_accel.schema import ConfigError
 from kd_accel.types import InputContract

@@ -11,7 +11,7 @@ import open_clip
 import timm
 
 from kd_accel.config_files import read
-from kd_accel.models.release import run_and_step
+from kd_accel.models.release_folder import run_and_step
 from kd_accel.report.runs import teachers_in
 
 ON_THE_HUB = re.compile(r"[\w.\-]+/[\w.\-]+")  # OWNER/NAME

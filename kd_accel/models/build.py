@@ -15,7 +15,8 @@ from torch import nn
 
 from kd_accel.models.hf_clip import build_hf_clip, is_hf_clip
 from kd_accel.models.hf_text import build_hf_text, hf_text_cfg
-from kd_accel.models.release import read_release, resolve_release
+from kd_accel.models.release import read_release
+from kd_accel.models.release_folder import resolve_release
 from kd_accel.models.scale import Scale, take_scale
 from kd_accel.models.sentence import build_sentence
 from kd_accel.models.ssl_checkpoints import load_ssl

@@ -8,7 +8,7 @@ from kd_accel.evals.onnx_encoder import is_onnx
 from kd_accel.models.class_head import FILE, ClassHead, read_class_head
 from kd_accel.models.onnx_meta import FILE as META
 from kd_accel.models.onnx_meta import OnnxMeta
-from kd_accel.models.release import resolve_release
+from kd_accel.models.release_folder import resolve_release
 
 
 def class_head_of(model: str, embed_dim: int) -> ClassHead | None:

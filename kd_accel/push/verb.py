@@ -12,9 +12,8 @@ import logging
 import shutil
 from pathlib import Path
 
-from kd_accel.export.verb import run as export
 from kd_accel.export_config import ExportConfig
-from kd_accel.models.release import resolve_release, run_and_step
+from kd_accel.models.release_folder import resolve_release, run_and_step
 from kd_accel.push.hub import upload
 from kd_accel.push_config import PushConfig
 from kd_accel.schema import ConfigError
@@ -34,6 +33,8 @@ def run(config: PushConfig) -> None:
             raise ConfigError(f"license={config.license}: {given} has its card: give it to kd-accel export")
         print(f"pushed to {upload(given, config, tag=tag, message='Release')}")
         return
+    from kd_accel.export.verb import run as export  # with torch: a release is pushed without
+
     copy = release.parent / ".push" / config.repo.rpartition("/")[2]
     shutil.rmtree(copy.parent, ignore_errors=True)  # left by a process that was killed
     try:

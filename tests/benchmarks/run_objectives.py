@@ -29,9 +29,9 @@ from matplotlib.figure import Figure
 from output import add_output, write
 
 from kd_accel import cli
+from kd_accel.config_files import read
 from kd_accel.evals.results import read_results
 from kd_accel.report.pictures import color
-from kd_accel.schema import read
 
 REPO = Path(__file__).resolve().parent.parent.parent
 BASE = f"{REPO}/configs/base.yaml"

@@ -26,7 +26,8 @@ from kd_accel.data.shards import TarSource
 from kd_accel.data.transforms import decode, eval_view
 from kd_accel.evals.retrieval import recall
 from kd_accel.models.image import encode_image
-from kd_accel.models.release import read_release, resolve_release
+from kd_accel.models.release import read_release
+from kd_accel.models.release_folder import resolve_release
 from kd_accel.models.teacher import Teacher
 from kd_accel.models.text import encode_text
 from kd_accel.sections import TeacherConfig

@@ -18,6 +18,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+import warm_python
 from conftest import REPO, kill_tree, run_process
 from distributed import fault_worker
 from distributed.test_resume import SHARDED, TWO, command, curve, zero
@@ -48,7 +49,7 @@ class Ranks:
             environment = {**os.environ, **{k: str(v) for k, v in (common | own | (env or {})).items()}}
             with log.open("w") as file:
                 self.processes.append(
-                    subprocess.Popen(words, cwd=REPO, env=environment, stdout=file, stderr=file, **popen)
+                    warm_python.Popen(words, cwd=REPO, env=environment, stdout=file, stderr=file, **popen)
                 )
 
     def __enter__(self) -> Ranks:

@@ -71,7 +71,7 @@ def check(folder, cell: Cell, ranks: int) -> dict[str, float]:
 
 @pytest.mark.parametrize("cell", CELLS["some"], ids=lambda cell: cell.name)
 def test_two_ranks_equal_one(some, cell):
-    """fp32, with and without accumulation, under every engine: two ranks differ from one by rounding alone."""
+    """fp32, two micro-batches, under every engine: two ranks differ from one by rounding alone."""
     check(some, cell, 2)
 
 

@@ -3,12 +3,12 @@
 import json
 import os
 import random
-import subprocess
 import sys
 import time
 
 import pytest
 import torch
+import warm_python
 from conftest import REPO, kill_tree, run_process
 from marks import slow_but
 from safetensors.torch import load_file
@@ -65,7 +65,7 @@ def kill_at(step: int, words: list[str], run, env: dict) -> None:
     """Start `words` and SIGKILL all of its processes as soon as `step` is in metrics.jsonl."""
     quiet = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(REPO)}
     with open(run.with_suffix(".log"), "w") as log:
-        process = subprocess.Popen(
+        process = warm_python.Popen(
             words, cwd=REPO, env={**os.environ, **quiet, **env}, stdout=log, stderr=log, start_new_session=True
         )
         deadline = time.monotonic() + 120

@@ -105,7 +105,7 @@ def growth(looks: list[list[int]]) -> tuple[float, float]:
 @pytest.mark.timeout(1200)
 def test_steps_leave_nothing_behind(tiny_teacher, tmp_path, capsys):
     """200 steps after the warm-up: neither tensors nor memory grow; a hook that keeps each step's features shows."""
-    run_process([*TWO, WORKER, str(tmp_path), str(tiny_teacher), "steps"], timeout=1100)
+    run_process([*TWO, WORKER, str(tmp_path), str(tiny_teacher), "steps"], timeout=1100, cold=True)
     names = [case(3, "engine"), case(2, "replicated"), f"{case(3, 'engine')}-leak"]
     grown = {name: [growth(looks) for looks in read(tmp_path, name)] for name in names}
     with capsys.disabled():

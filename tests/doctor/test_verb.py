@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+import warm_python
 from conftest import REPO, run_process
 from distributed.test_launch import ACCELERATE
 
@@ -99,7 +100,7 @@ def by_hand(rank: int, world_size: int, port: int, *words: str, program: list[st
     quiet = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(REPO)}
     env = {**os.environ, **quiet, **{key: str(value) for key, value in env.items()}}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([sys.executable, *program, *words], env=env, cwd=REPO, **pipes)
+    return warm_python.Popen([sys.executable, *program, *words], env=env, cwd=REPO, **pipes)
 
 
 @pytest.mark.distributed

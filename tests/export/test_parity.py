@@ -20,7 +20,8 @@ from kd_accel.evals.encoder import load_encoder
 from kd_accel.export.verb import run
 from kd_accel.export_config import ExportConfig
 from kd_accel.models.image import to_model_input
-from kd_accel.models.release import CONFIG, read_release
+from kd_accel.models.release import read_release
+from kd_accel.models.release_folder import CONFIG
 from kd_accel.models.text import encode_text
 from kd_accel.schema import ConfigError
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from kd_accel import checkpoint
 from kd_accel.export.verb import run
 from kd_accel.export_config import ExportConfig
-from kd_accel.models.release import WEIGHTS
+from kd_accel.models.release_folder import WEIGHTS
 
 pytestmark = pytest.mark.distributed
 

@@ -11,7 +11,7 @@ import pytest
 
 from kd_accel.cli import main
 from kd_accel.models.onnx_meta import OnnxMeta
-from kd_accel.models.release import CONFIG, WEIGHTS
+from kd_accel.models.release_folder import CONFIG, WEIGHTS
 from kd_accel.schema import ConfigError
 
 

@@ -15,7 +15,8 @@ import torch
 from safetensors.torch import load, load_file, save_file
 
 from kd_accel.models.image import encode_image, to_model_input
-from kd_accel.models.release import CONFIG, WEIGHTS, read_release, resolve_release, write_release
+from kd_accel.models.release import read_release, write_release
+from kd_accel.models.release_folder import CONFIG, WEIGHTS, resolve_release
 from kd_accel.schema import ConfigError
 from kd_accel.sections import PreprocessConfig
 

@@ -46,7 +46,7 @@ def measure(tmp_path: Path, values: dict, *launcher: str) -> dict:
     """What its steps took, in a process of its own."""
     file = tmp_path / "config.yaml"
     file.write_text(yaml.safe_dump(values))
-    out = run_process([*(launcher or [sys.executable]), str(WORKER), str(file)])
+    out = run_process([*(launcher or [sys.executable]), str(WORKER), str(file)], cold=True)
     return json.loads(next(line for line in out.splitlines() if line.startswith('{"peak"')))
 
 
