@@ -26,7 +26,7 @@ from kd_accel.models.inherit import inherit
 from kd_accel.models.int8 import quantise
 from kd_accel.models.release import read_release
 from kd_accel.models.release_folder import resolve_release
-from kd_accel.models.running_stats import running_statistics
+from kd_accel.models.running_stats import normalises_over_batches
 from kd_accel.models.sparsity import sparsify
 from kd_accel.models.student import Student
 from kd_accel.models.teacher import Teacher, key_of
@@ -230,7 +230,7 @@ def remarks(config: TrainConfig, student: Student) -> list[str]:
         said.append(f"frozen, because no term of the objective reads what it says: {', '.join(student.frozen)}")
     if None not in (own.bias, asked.logit_bias) and not math.isclose(own.bias, asked.logit_bias, rel_tol=1e-6):
         said.append(f"objective.logit_bias={asked.logit_bias:g} replaces the student's own, {own.bias:g}")
-    if running_statistics(student):
+    if normalises_over_batches(student):
         said.append("BatchNorm normalises over a process's micro-batch: results depend on data.batch_size")
     held = min(max(own.log_scale, 0.0), -math.log(asked.temperature.min))
     if asked.temperature.init is None and not math.isclose(own.log_scale, held, abs_tol=1e-6):

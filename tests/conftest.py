@@ -79,7 +79,7 @@ def kill_tree(pid: int) -> None:
 
 
 def run_process(
-    command: list[str], *, env: dict | None = None, timeout: float = 120, code: int = 0, cold: bool = False
+    command: list[str], *, env: dict | None = None, timeout: float = 500, code: int = 0, cold: bool = False
 ) -> str:
     """Run `command` in the repository, without a GPU; its output, stderr included.
 

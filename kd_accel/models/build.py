@@ -79,7 +79,12 @@ def build_teacher(
     `weights`: false leaves those out that would have to be fetched.
     """
     if config.path is not None:
-        model, contract, model_cfg, scale = read_release(resolve_release(config.path), weights=weights)
+        try:
+            release = resolve_release(config.path)
+        except ConfigError as error:
+            hint = f"; a model of open_clip is {where}.arch=ViT-B-32 {where}.pretrained=openai" * ("," in config.path)
+            raise ConfigError(f"{where}.path: {error}{hint}") from None
+        model, contract, model_cfg, scale = read_release(release, weights=weights)
         return model, contract, model_cfg["embed_dim"], scale
     prefix, _, name = config.arch.partition("/")
     if not name:

@@ -16,6 +16,12 @@ def running_statistics(module: nn.Module) -> dict[str, Tensor]:
     return {name: b for name, b in module.named_buffers() if name.rpartition(".")[2] in STATISTICS}
 
 
+def normalises_over_batches(module: nn.Module) -> bool:
+    """Whether a BatchNorm inside `module` is trained: a frozen one applies its running statistics."""
+    norms = [part for part in module.modules() if isinstance(part, _BatchNorm)]
+    return any(not norm.affine or norm.weight.requires_grad for norm in norms)
+
+
 def allow_bf16_weights(module: nn.Module) -> None:
     """Let every BatchNorm inside `module` compute with bf16 weights and fp32 running statistics.
 

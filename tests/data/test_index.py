@@ -92,7 +92,8 @@ def test_shards_are_expanded_in_order(make_shards):
         (["", "0001.tar"], "0001.tar is given twice"),
         (["0000.tar", "empty/../0000.tar"], "0000.tar is given twice"),
         (["empty"], "the folder .*empty holds no .tar"),
-        (["0000.tar.gz"], "is not a .tar"),
+        (["0000.tar.gz"], "is not a .tar; a compressed tar must be unpacked"),
+        (["nowhere"], "nowhere: no such folder; give a folder of .tar files"),
         (["{0000..0003.tar"], "unbalanced braces"),
         (["pipe:cat 0000.tar"], "do not exist"),
         ([], "names no shard"),
@@ -102,6 +103,7 @@ def test_wrong_shards_are_named(make_shards, entries, message):
     """A shard that is missing, given twice or no tar stops with data.shards and its name; no command is ever run."""
     folder = make_shards([1, 1], index=False)
     (folder / "empty").mkdir()
+    (folder / "0000.tar.gz").touch()
     with pytest.raises(ConfigError, match=f"data.shards: .*{message}"):
         expand_shards([os.path.join(folder, entry) for entry in entries])
 

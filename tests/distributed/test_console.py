@@ -30,7 +30,7 @@ def test_the_traceback_of_the_rank_that_failed(launcher, tmp_path, train_shards,
     words = command("ddp", tmp_path, train_shards, tiny_teacher)
     words = words[words.index("train") :] + ["optim.steps=9", "precision=fp32"]
     worker = str(REPO / "tests" / "distributed" / "fault_worker.py")
-    output = run_process([*launcher, worker, *words], env={"FAULT": "bug"}, timeout=240, code=1)
+    output = run_process([*launcher, worker, *words], env={"FAULT": "bug"}, code=1)
     said = cause(output)
     assert "rank      : 1 (local_rank: 1)" in said
     assert "RuntimeError: a bug" in said
@@ -42,7 +42,7 @@ def test_a_users_mistake(tmp_path, train_shards, tiny_teacher):
     """Its line, without a traceback."""
     words = command("ddp", tmp_path, train_shards, tiny_teacher)
     words = words[words.index("train") :] + ["precision=fp8"]
-    said = cause(run_process([*TORCHRUN, "-m", "kd_accel", *words], timeout=240, code=1))
+    said = cause(run_process([*TORCHRUN, "-m", "kd_accel", *words], code=1))
     assert "rank      : 0 (local_rank: 0)" in said
     assert "traceback : error: precision: should be 'bf16' or 'fp32'" in said
     assert "Traceback" not in said

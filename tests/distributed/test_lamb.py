@@ -19,7 +19,7 @@ TWO_RANKS = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"
 def run(folder: Path, *jobs: str, ranks: int = 2) -> list[dict[str, Tensor]]:
     """What lamb_worker.py saved of each job, all of them in one launch."""
     launcher = [] if ranks == 1 else TWO_RANKS
-    run_process([sys.executable, *launcher, lamb_worker.__file__, str(folder), *jobs], timeout=280)
+    run_process([sys.executable, *launcher, lamb_worker.__file__, str(folder), *jobs])
     return [load_file(folder / f"{job.partition(',')[0]}.safetensors") for job in jobs]
 
 

@@ -26,7 +26,7 @@ def command(launcher: str, folder, shards, teacher) -> list[str]:
 
 def test_zero3_offload_trains(tmp_path, train_shards, tiny_teacher):
     """bf16, two processes, two micro-batches, a moving average; the checkpoint is whole."""
-    run_process(command("zero3_offload", tmp_path, train_shards, tiny_teacher), timeout=200)
+    run_process(command("zero3_offload", tmp_path, train_shards, tiny_teacher))
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [(row["step"], row["samples"], row["skipped"]) for row in rows] == [(1, 16, 0), (2, 32, 0), (3, 48, 0)]
     newest = checkpoint.newest(tmp_path / "run")
@@ -37,7 +37,7 @@ def test_zero3_offload_trains(tmp_path, train_shards, tiny_teacher):
 def test_fsdp2_is_refused_without_a_gpu(tmp_path, train_shards, tiny_teacher):
     """One line, and nothing written."""
     words = command("fsdp2", tmp_path, train_shards, tiny_teacher)
-    output = run_process(words, env={"PATH": "", "HOME": str(tmp_path)}, timeout=200, code=1)
+    output = run_process(words, env={"PATH": "", "HOME": str(tmp_path)}, code=1)
     said = [line for line in output.splitlines() if line.startswith("error: Accelerate runs FSDP on GPUs only")]
     assert len(said) == 1  # the launcher repeats it, indented
     assert not (tmp_path / "run").exists()

@@ -16,7 +16,7 @@ from distributed.parity_worker import ACCUMULATE, CELLS, ENGINES, PRECISIONS, RA
 from safetensors.torch import load_file
 from torch import Tensor
 
-pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]  # the first test waits for all cells of two ranks
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(1800)]  # the first test waits for all cells of two ranks
 
 WORKER = parity_worker.__file__
 KINDS = ("gradient", "parameter", "loss", "grad_norm")

@@ -68,7 +68,7 @@ def kill_at(step: int, words: list[str], run, env: dict) -> None:
         process = warm_python.Popen(
             words, cwd=REPO, env={**os.environ, **quiet, **env}, stdout=log, stderr=log, start_new_session=True
         )
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while not ((run / "metrics.jsonl").exists() and len(curve(run)) >= step):
             assert process.poll() is None, run.with_suffix(".log").read_text()
             assert time.monotonic() < deadline, "the run does not get to the step"

@@ -17,4 +17,4 @@ import pytest
 def test_saved_statistics_are_exact_and_of_all_ranks(run_ranks, cases):
     """Two ranks: the mean of both, in fp32, which says in eval mode what the engine says; a skipped step is undone,
     a resumed run is exact."""
-    run_ranks(["tests/distributed/statistics_worker.py", *cases], timeout=280)
+    run_ranks(["tests/distributed/statistics_worker.py", *cases])

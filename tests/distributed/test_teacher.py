@@ -29,7 +29,7 @@ BYTES = 10 * 2**20  # of the leak put in, 256 KiB per step, 40 MiB would be ther
 def folder(tiny_teacher, tmp_path_factory):
     """What teacher_worker.py wrote of every case's three steps."""
     folder = tmp_path_factory.mktemp("bytes")
-    run_process([*TWO, WORKER, str(folder), str(tiny_teacher), "bytes"], timeout=280)
+    run_process([*TWO, WORKER, str(folder), str(tiny_teacher), "bytes"])
     return folder
 
 

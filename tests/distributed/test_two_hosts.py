@@ -16,7 +16,7 @@ from distributed.test_resume import SHARDED, command, zero
 
 from kd_accel import checkpoint
 
-pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.root, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.root, pytest.mark.timeout(1200)]
 
 LAUNCH = [*ACCELERATE, "--config_file", "launch/zero2.yaml", "--num_processes", "2"]
 TIMEOUT = "train.timeout_s=15"
@@ -59,7 +59,7 @@ def words(tmp_path, train_shards, tiny_teacher):
 def one_host(tmp_path_factory, train_shards, tiny_teacher):
     """The same two processes on one host."""
     folder = tmp_path_factory.mktemp("one_host")
-    run_process(command(LAUNCH, folder, train_shards, tiny_teacher, "run", SHARDED), env=zero(2), timeout=300)
+    run_process(command(LAUNCH, folder, train_shards, tiny_teacher, "run", SHARDED), env=zero(2))
     return folder / "run"
 
 
@@ -74,7 +74,7 @@ def test_two_hosts_are_one(delay_s, one_host, words, tmp_path):
     """Nothing but the address is given: gloo takes the interface that leads there. The same bits, also where every
     answer takes 50 ms longer."""
     with Hosts(delay_s=delay_s) as hosts, Launchers(hosts, words("run", SELDOM), tmp_path / "log") as ranks:
-        assert ranks.wait(300) == [0, 0], ranks.said()
+        assert ranks.wait() == [0, 0], ranks.said()
     assert_same_run(tmp_path / "run", one_host)
 
 
@@ -83,7 +83,7 @@ def test_a_cut_wire_is_said_on_both_sides(hosts, one_host, words, tmp_path):
     with Launchers(hosts, words("run", TIMEOUT), tmp_path / "log") as ranks:
         ranks.wait_until(reached(tmp_path / "run", 5))
         hosts.cut()
-        assert ranks.wait(120) == [1, 1], ranks.said()
+        assert ranks.wait() == [1, 1], ranks.said()
     errors = errors_of(ranks)
     assert [line.partition(" (")[0] for line in errors] == [
         f"error: rank {rank}: rank {1 - rank} died, or did not answer for {TIMEOUT}" for rank in (0, 1)
@@ -92,7 +92,7 @@ def test_a_cut_wire_is_said_on_both_sides(hosts, one_host, words, tmp_path):
     assert checkpoint.damage(checkpoint.newest(tmp_path / "run")) is None
     hosts.mend()
     with Launchers(hosts, words("run", TIMEOUT, "resume=auto"), tmp_path / "again") as ranks:
-        assert ranks.wait(300) == [0, 0], ranks.said()
+        assert ranks.wait() == [0, 0], ranks.said()
     assert_same_run(tmp_path / "run", one_host)
 
 
@@ -102,18 +102,18 @@ def test_a_dead_host_costs_the_steps_since_the_last_checkpoint(dead, hosts, one_
     with Launchers(hosts, words("run", TIMEOUT), tmp_path / "log") as ranks:
         ranks.wait_until(reached(tmp_path / "run", 5))
         hosts.kill(dead)
-        assert sorted(ranks.wait(120)) == [-9, 1], ranks.said()
+        assert sorted(ranks.wait()) == [-9, 1], ranks.said()
     (line,) = errors_of(ranks)
     assert line.startswith(f"error: rank {1 - dead}: rank {dead} died, or did not answer for {TIMEOUT} (")
     with Launchers(hosts, words("run", TIMEOUT, "resume=auto"), tmp_path / "again") as ranks:
-        assert ranks.wait(300) == [0, 0], ranks.said()
+        assert ranks.wait() == [0, 0], ranks.said()
     assert_same_run(tmp_path / "run", one_host)
 
 
 def test_hosts_that_do_not_come_together_say_so(hosts, words, tmp_path):
     """Without an interface between them: a line each instead of torch's stack, and nothing written."""
     with Launchers(hosts, words("run", TIMEOUT), tmp_path / "log", interface="lo") as ranks:
-        assert ranks.wait(240) == [1, 1], ranks.said()
+        assert ranks.wait() == [1, 1], ranks.said()
     found = f"(MASTER_ADDR={hosts.ADDRESSES[0]}, MASTER_PORT=29500, GLOO_SOCKET_IFNAME=lo): "
     said = [line.partition(found)[0] for line in errors_of(ranks)]
     assert said == [f"error: rank {rank}: the 2 processes do not find each other " for rank in (0, 1)]

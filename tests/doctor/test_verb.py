@@ -59,7 +59,7 @@ def test_a_mistake_in_the_config_is_trains(train_yaml, capsys):
 def test_two_healthy_ranks(train_yaml, tmp_path):
     """ZeRO-2 as train starts it; nothing is left behind."""
     words = [*ACCELERATE, "--config_file", "launch/zero2.yaml", *DOCTOR, str(train_yaml), "precision=bf16"]
-    found = lines(run_process(words, timeout=240))
+    found = lines(run_process(words))
     assert found["rendezvous"] == "ok 2 ranks on 1 machine"
     assert found["launch"] == "ok ZeRO-2, bf16, on cpu"
     assert found["output"].endswith("is the same for all")

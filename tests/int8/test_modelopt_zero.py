@@ -29,7 +29,7 @@ def released(folder, launcher, shards, teacher, precision, env) -> tuple[dict, d
         f"student.init={teacher}", "objective.terms={clip: {kind: clip}}", "optim={lr: 0.001, steps: 4, eps: 0.01}",
         "compress={sparsity: '2:4', int8: modelopt}",
     ]  # fmt: skip
-    run_process(words, env=env, timeout=240)
+    run_process(words, env=env)
     student = checkpoint.newest(folder) / "student"
     return load_file(student / "open_clip_model.safetensors"), load_file(student / FILE)
 

@@ -195,7 +195,7 @@ def is_taken(read: Callable[[dict], dict], document: dict) -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)  # 460 MB are installed
+@pytest.mark.timeout(1800)  # 460 MB are installed
 def test_skypilot_takes_its_file(tmp_path):
     """In an environment of its own, because its pins are not ours; a typo is refused."""
     subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)

@@ -12,7 +12,7 @@ from conftest import REPO, run_process
 from distributed.test_faults import assert_same_run, reached
 from distributed.test_resume import SHARDED, command
 
-pytestmark = [pytest.mark.root, pytest.mark.slow, pytest.mark.distributed, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.root, pytest.mark.slow, pytest.mark.distributed, pytest.mark.timeout(1200)]
 
 STEPS = 150
 LONG = f"optim={{lr: 0.01, steps: {STEPS}, warmup_steps: 2}}"
@@ -45,7 +45,7 @@ def field(slurm: Callable, job: str, name: str) -> str:
     return told[name]
 
 
-def wait_for(happened: Callable[[], bool], out: Path, seconds: float = 240) -> None:
+def wait_for(happened: Callable[[], bool], out: Path, seconds: float = 500) -> None:
     deadline = time.monotonic() + seconds
     while not happened():
         assert time.monotonic() < deadline, f"that does not happen\n{out.read_text() if out.exists() else ''}"

@@ -91,7 +91,7 @@ def test_features_and_gradients_are_those_of_eager_blocks(section, blocks, trace
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)  # C++ is compiled
+@pytest.mark.timeout(1800)  # C++ is compiled
 def test_kernels_compute_what_eager_blocks_do():
     eager, compiled = build(), build()
     compile_blocks(compiled)

@@ -8,7 +8,12 @@ import torch.nn.functional as F
 from timm.layers import BatchNormAct2d
 from torch import nn
 
-from kd_accel.models.running_stats import allow_bf16_weights, average_over_ranks, running_statistics
+from kd_accel.models.running_stats import (
+    allow_bf16_weights,
+    average_over_ranks,
+    normalises_over_batches,
+    running_statistics,
+)
 
 
 def as_deepspeed_casts(module: nn.Module) -> nn.Module:
@@ -56,6 +61,14 @@ def test_norms_without_weights_or_statistics():
     allow_bf16_weights(as_deepspeed_casts(model))
     assert model(torch.randn(8, 4).bfloat16()).dtype == torch.bfloat16
     assert running_statistics(model).keys() == {"0.running_mean", "0.running_var", "0.num_batches_tracked"}
+
+
+def test_frozen_norms_do_not_normalise_over_batches():
+    frozen = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)).requires_grad_(False)
+    assert not normalises_over_batches(frozen)
+    assert not normalises_over_batches(nn.LayerNorm(4))
+    assert normalises_over_batches(nn.Sequential(frozen, nn.BatchNorm2d(4)))
+    assert normalises_over_batches(nn.BatchNorm2d(4, affine=False))
 
 
 def test_alone_nothing_is_averaged():

@@ -92,6 +92,12 @@ def test_a_wrong_one_is_named_by_its_key(name, key):
         Teacher(TeacherConfig(arch="ViT-B-999", pretrained="openai"), name=name)
 
 
+def test_a_path_that_is_a_name_of_open_clip():
+    """As open_clip's --distill-model and --distill-pretrained in one word."""
+    with pytest.raises(ConfigError, match=r"^teacher\.path: ViT-B-32,openai: no such directory.*teacher\.arch=ViT"):
+        Teacher(TeacherConfig(path="ViT-B-32,openai"))
+
+
 @pytest.mark.parametrize("name", ["train", "keys"])
 def test_a_name_that_torch_has_taken(release, name):
     """A module of several teachers cannot call one of them that."""
