@@ -60,9 +60,7 @@ def expand_shards(shards: str | list[str]) -> list[Path]:
         raise ConfigError("data.shards: names no shard")
     if other := [path for path in paths if path.suffix != ".tar"]:
         if not other[0].exists():
-            raise ConfigError(
-                f"data.shards: {other[0]}: no such folder; a folder of .tar files is needed, or their names"
-            )
+            raise ConfigError(f"data.shards: {other[0]}: no such folder; give a folder of .tar files, or their names")
         raise ConfigError(f"data.shards: {other[0]} is not a .tar; a compressed tar must be unpacked to .tar first")
     if missing := [path for path in paths if not path.is_file()]:
         raise ConfigError(f"data.shards: {len(missing)} of {len(paths)} shards do not exist, the first is {missing[0]}")
