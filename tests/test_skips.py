@@ -23,7 +23,7 @@ def test_a_chart():
 def test_reasons_that_are_not_allowed_fail(tmp_path, allowed, code, more):
     (tmp_path / "test_two.py").write_text(TESTS)
     command = [sys.executable, "-m", "pytest", "-q", "-p", "conftest", "-p", "no:cacheprovider", *more, str(tmp_path)]
-    out = run_process(command, env={"KD_ACCEL_MAY_SKIP": allowed}, code=code)
+    out = run_process(command, env={"KD_ACCEL_MAY_SKIP": allowed}, code=code, cold=True)
     assert "2 skipped" in out
     assert ("does not allow: pip install a-package" in out) == (code == 1)
     assert "does not allow: no GPU" not in out
