@@ -55,13 +55,13 @@ def test_the_student_is_at_least_four_times_smaller():
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1500)
+@pytest.mark.timeout(3000)
 def test_the_whole_demo(tmp_path):
     """Ends 0 and prints the table; the distilled student beats its baseline; the release loads; the report is there.
 
     Over three seeds the two differ by 38 points of top-1 with deviations of 1 and 4: 15 points are far from chance.
     """
-    said = run_process([sys.executable, "-m", "kd_accel", "demo", str(tmp_path)], timeout=1400, cold=True)
+    said = run_process([sys.executable, "-m", "kd_accel", "demo", str(tmp_path)], timeout=2900, cold=True)
     lines = {line.split(" | ")[0].strip(): line.split(" | ") for line in said.splitlines() if line.count(" | ") == 5}
     top1 = {name: float(cells[2].split()[0]) for name, cells in lines.items() if name != "model"}
     assert top1["student, distilled"] > top1["student, alone"] + 15
