@@ -13,6 +13,7 @@ started as ever. What start-up itself does is tested with subprocess.Popen: test
 from __future__ import annotations
 
 import atexit
+import ctypes
 import functools
 import gc
 import importlib
@@ -48,6 +49,8 @@ IMPORTED = (
 )
 READ_AT_IMPORT = re.compile(r"(HF|TRANSFORMERS|OMP|TORCHINDUCTOR)_|TORCH_LOGS|LD_|PYTHON(?!PATH|UNBUFFERED)")
 LAUNCHERS = ("torch.distributed.run", "accelerate.commands")
+NETNS = "KD_ACCEL_NETNS"  # variable of the network namespace that a program starts in, as `ip netns add` names it
+CLONE_NEWNET = 0x40000000  # linux/sched.h
 MESSAGE = 1 << 20  # bytes that a program's arguments and environment may take
 _cold = subprocess.Popen._execute_child
 
@@ -58,6 +61,7 @@ class Popen(subprocess.Popen):
     def _execute_child(self, *given) -> None:
         how = _arguments(given)
         if not _can_fork(how):
+            assert NETNS not in (how["env"] or {}), f"{how['args']} cannot start in a network namespace"
             _cold(self, *given)
             return
         self._status, status = os.pipe()
@@ -182,6 +186,8 @@ def _fork(args: list[str], cwd: str, env: dict[str, str], start_new_session: boo
         before = os.environ.get("PYTHONPATH", "").split(os.pathsep)
         os.environ.clear()
         os.environ.update(env)
+        if NETNS in env:
+            _enter(os.environ.pop(NETNS))
         after = os.environ.get("PYTHONPATH", "").split(os.pathsep)
         sys.path[:] = [*filter(None, after), *(entry for entry in sys.path[1:] if entry not in before)]
         code = _run(args[1:])
@@ -214,6 +220,12 @@ def _forget_parent() -> None:
     weakref.finalize._registry.clear()
     multiprocessing.util._finalizer_registry.clear()
     subprocess.Popen._execute_child = _cold
+
+
+def _enter(namespace: str) -> None:
+    with open(f"/run/netns/{namespace}") as file:
+        if ctypes.CDLL(None, use_errno=True).setns(file.fileno(), CLONE_NEWNET):
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), file.name)
 
 
 def _fork_child(popen: subprocess.Popen, *given) -> None:

@@ -1,7 +1,7 @@
 """Two hosts on one machine: network namespaces joined by a wire that can be slow, cut and mended. Needs root.
 
 with Hosts() as hosts:
-    hosts.popen(0, ["ping", "-c", "1", hosts.ADDRESSES[1]])
+    hosts.popen(0, [sys.executable, "-m", "kd_accel", ...], env=os.environ)
 """
 
 from __future__ import annotations
@@ -13,7 +13,10 @@ import signal
 import struct
 import subprocess
 import threading
+from collections.abc import Mapping
 from contextlib import suppress
+
+import warm_python
 
 TUNSETIFF, IFF_TUN, IFF_NO_PI = 0x400454CA, 0x0001, 0x1000  # linux/if_tun.h
 WIRE = "wire"  # the interface's name on both hosts
@@ -51,9 +54,9 @@ class Hosts:
         for name in self._names:
             _ip("netns", "del", name)
 
-    def popen(self, host: int, words: list[str], **popen) -> subprocess.Popen:
-        """Start a command on a host."""
-        return subprocess.Popen(["ip", "netns", "exec", self._names[host], *words], **popen)
+    def popen(self, host: int, words: list[str], *, env: Mapping[str, str], **popen) -> subprocess.Popen:
+        """Start a Python program on a host."""
+        return warm_python.Popen(words, env={**env, warm_python.NETNS: self._names[host]}, **popen)
 
     def kill(self, host: int) -> None:
         """SIGKILL to everything on a host, as if its power were gone."""

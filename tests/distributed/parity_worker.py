@@ -83,8 +83,8 @@ CELLS = {
     "reference": [Cell("ddp", 1, objective, "fp32") for objective in TERMS],  # for one process, which has no DDP
     "some": [Cell(*parts, "fp32") for parts in itertools.product([*ENGINES[:4], "fsdp2"], [2], TERMS)],
     **{
-        f"{engine}-{precision}": [cell for cell in ALL if (cell.engine, cell.precision) == (engine, precision)]
-        for engine, precision in itertools.product(ENGINES, PRECISIONS)
+        f"{precision}-x{accumulate}": [c for c in ALL if (c.precision, c.accumulate) == (precision, accumulate)]
+        for precision, accumulate in itertools.product(PRECISIONS, ACCUMULATE)
     },
 }
 

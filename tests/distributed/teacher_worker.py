@@ -29,7 +29,7 @@ from kd_accel.schema import validate
 from kd_accel.types import Batch
 
 B = 4  # samples per rank and step
-WARM_UP, STEPS, EVERY = 50, 200, 10  # steps that allocators need, steps that are watched, steps between two looks
+WARM_UP, STEPS, EVERY = 50, 100, 5  # steps that allocators need, steps that are watched, steps between two looks
 LEAK = 256 * 2**10  # bytes per step of the leak that is put in
 PAGE = os.sysconf("SC_PAGE_SIZE")
 Rows = dict[str, torch.Tensor]
@@ -134,7 +134,7 @@ def resident_bytes() -> int:
 
 
 def watch(teacher: str, stage: int, placement: str, folder: Path, *, leak: bool) -> None:
-    """200 steps after the warm-up; `leak` keeps each step's features, and 256 KiB that are no tensor."""
+    """100 steps after the warm-up; `leak` keeps each step's features, and 256 KiB that are no tensor."""
     run = Run(teacher, stage, placement, folder)
     kept = []
     if leak:
