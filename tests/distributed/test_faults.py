@@ -38,17 +38,7 @@ MODULE = ["-m", "kd_accel", "train"]
 class Ranks:
     """The processes of one run, each with a log of its own."""
 
-    def __init__(
-        self,
-        words: list[str],
-        folder: Path,
-        *,
-        count: int,
-        port: int,
-        env: dict | None = None,
-        start: Callable[..., subprocess.Popen] = warm_python.Popen,
-        **popen,
-    ):
+    def __init__(self, words: list[str], folder: Path, *, count: int, port: int, env: dict | None = None, **popen):
         common = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": f"{REPO}:{REPO / 'tests'}"}
         common |= {"WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} if count > 1 else {}
         folder.mkdir(parents=True, exist_ok=True)
@@ -58,7 +48,9 @@ class Ranks:
             own = {"RANK": rank, "LOCAL_RANK": rank} if count > 1 else {}
             environment = {**os.environ, **{k: str(v) for k, v in (common | own | (env or {})).items()}}
             with log.open("w") as file:
-                self.processes.append(start(words, cwd=REPO, env=environment, stdout=file, stderr=file, **popen))
+                self.processes.append(
+                    warm_python.Popen(words, cwd=REPO, env=environment, stdout=file, stderr=file, **popen)
+                )
 
     def __enter__(self) -> Ranks:
         return self

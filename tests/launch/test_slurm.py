@@ -64,9 +64,8 @@ def test_a_job_is_stopped_requeued_resumed_and_finishes(slurm, tmp_path, train_s
     assert int((run / "stopped").read_text().split()[-1]) < STEPS
 
     whole = [*words, f"output_dir={tmp_path}", "name=whole"]
-    run_process(
-        [*ACCELERATE, "--config_file", "launch/zero2.yaml", "-m", "kd_accel", "train", *whole], timeout=240
-    )  # meanwhile the job waits in the queue
+    # The job waits in the queue meanwhile.
+    run_process([*ACCELERATE, "--config_file", "launch/zero2.yaml", "-m", "kd_accel", "train", *whole])
     wait_for(lambda: field(slurm, job, "JobState") == "COMPLETED", out)
     said = out.read_text()
     assert (field(slurm, job, "Restarts"), field(slurm, job, "NodeList")) == ("1", "n[1-2]")
