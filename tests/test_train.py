@@ -184,7 +184,7 @@ def test_pretrained_student_keeps_its_bias(config, tmp_path, tiny_teacher, asked
 def test_what_a_student_brings_is_not_worth_a_line_when_it_stays(config, tiny_teacher):
     """CLIP's own scale of 100 is the bound itself, up to fp32; the same bias twice is no change."""
     own = Scale(torch.tensor(math.log(100)).item(), -10.0)
-    student = SimpleNamespace(frozen=[], locked=[], inherited=[], sparse=None, scale=own, named_buffers=list)
+    student = SimpleNamespace(frozen=[], locked=[], inherited=[], sparse=None, scale=own, modules=list)
     objective = {"terms": {"s": {"kind": "siglip"}}, "logit_bias": -10.0}
     assert assembly.remarks(config(teacher=None, objective=objective), student) == []
 

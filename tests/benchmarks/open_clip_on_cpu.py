@@ -17,7 +17,6 @@ def _without_device_ids(module, device_ids=None, **options):
     return _ddp(module, **options)
 
 
-torch.nn.parallel.DistributedDataParallel = _without_device_ids
-
 if __name__ == "__main__":
+    torch.nn.parallel.DistributedDataParallel = _without_device_ids
     trainer.main(sys.argv[1:])
