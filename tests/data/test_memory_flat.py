@@ -9,6 +9,7 @@ import os
 import shutil
 from contextlib import closing
 from itertools import islice
+from pathlib import Path
 
 import psutil
 import pytest
@@ -24,9 +25,9 @@ EPOCHS = int(os.environ.get("KD_ACCEL_SOAK_EPOCHS", "20"))
 SETTLED, ALLOWED = 2, 0.02
 
 
-def tars_open(processes):
-    """How many tars each one has open; not all descriptors, of which batches on their way take some."""
-    return [sum(file.path.endswith(".tar") for file in process.open_files()) for process in processes]
+def tars_open(processes, folder):
+    """How many tars of `folder` each one has open: not batches on their way, nor what a test before this one left."""
+    return [sum(Path(file.path).parent == folder for file in process.open_files()) for process in processes]
 
 
 def resident(processes):
@@ -59,7 +60,7 @@ def test_all_epochs_take_the_memory_of_two(data_root, tmp_path):
             for _ in islice(steps, loader.steps_per_epoch):
                 pass
             sizes.append(resident([main, *workers]))
-            files.append(tars_open(workers))
+            files.append(tars_open(workers, folder))
     growth = [last / first - 1 for first, last in zip(sizes[SETTLED - 1], sizes[-1], strict=True)]
     print("growth", [f"{share:.2%}" for share in growth], "of MB", [size // 10**6 for size in sizes[SETTLED - 1]])
     assert max(growth) < ALLOWED
