@@ -69,8 +69,9 @@ def ran(launcher: str | None, *words: str | Path) -> None:
 
 def speed(launcher: str | None, config: Path, given: str, options: argparse.Namespace, out: str = "bench") -> float:
     """Samples per second of all processes."""
+    words = [f"input={given}", f"measured={options.measured}", f"output_dir={config.with_name(out)}"]
     out = config.with_name(f"{out}.json")
-    ran(launcher, "bench", config, f"input={given}", f"measured={options.measured}", f"output={out}")
+    ran(launcher, "bench", config, *words, f"output={out}")
     return json.loads(out.read_text())["samples_per_second"]
 
 
