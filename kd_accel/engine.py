@@ -17,6 +17,7 @@ from kd_accel.lamb import pieces_of
 from kd_accel.launch import fit_bucket
 from kd_accel.masters import Masters, frozen_weights
 from kd_accel.models.compiled import check_compiler, compile_blocks
+from kd_accel.models.image import images_at_once
 from kd_accel.models.pair import Pair
 from kd_accel.models.running_stats import allow_bf16_weights, running_statistics
 from kd_accel.models.student import Student
@@ -62,6 +63,9 @@ class Engine:
         self.compiled = self._compile(models)  # how many blocks, by model
         inside = {name for name, section in teachers_of(config).items() if section.placement == "engine"}
         self.replicated = {n: t.to(accelerator.device) for n, t in live.items() if n not in inside}
+        for name, teacher in live.items():
+            if name not in inside or not (self.zero_stage == 3 or self.is_fsdp):  # its weights are gathered once a step
+                teacher.images_at_once = images_at_once(accelerator.device)
         pair = Pair(student, {name: teacher for name, teacher in live.items() if name in inside})
         _check_coverage(pair, optimizer)
         frozen = frozen_weights(student, dict(student.named_parameters()))

@@ -14,6 +14,7 @@ from kd_accel.config import TrainConfig
 from kd_accel.engine import Engine
 from kd_accel.held import WEIGHT, HostMemory, whole
 from kd_accel.launch import end_accelerator, start_accelerator
+from kd_accel.models.image import images_at_once
 from kd_accel.models.student import Student
 from kd_accel.models.teacher import Teacher
 from kd_accel.optim import build_optimizer
@@ -90,6 +91,15 @@ def test_masters_start_from_the_exact_weights(launched, tiny_teacher, stage, pre
     after = engine.masters.weights()
     for name, weight in before.items():
         assert torch.equal(after[name], weight), name
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_a_cpu_asks_its_teacher_for_some_images_at_a_time(launched, tiny_teacher, stage):
+    """Under ZeRO-3 for all: its weights would be gathered as many times."""
+    launched(stage)
+    engine, _ = start(config_of(tiny_teacher, "fp32"))
+    (teacher,) = (module for module in engine.module.modules() if isinstance(module, Teacher))
+    assert teacher.images_at_once == (None if stage == 3 else images_at_once(torch.device("cpu")))
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])

@@ -142,7 +142,7 @@ def _over_ranks(
     ranks = len(everyone)
     seconds = {name: sum(split[name] for split, *_ in everyone) / ranks for name in mine}
     step = max(step for _, step, *_ in everyone)
-    found = this_device(device)
+    found = this_device(device, bf16=config.precision == "bf16")
     return Timing(
         device=found.name,
         world_size=ranks,

@@ -16,6 +16,7 @@ from kd_accel.data.store_files import StoreInfo, captions_of
 from kd_accel.data.views import Views, largest, shared_views
 from kd_accel.embed_config import EmbedConfig
 from kd_accel.models.device import DTYPES, own_device
+from kd_accel.models.image import images_at_once
 from kd_accel.models.teacher import Teacher, key_of
 from kd_accel.schema import ConfigError
 from kd_accel.sections import TeacherConfig
@@ -68,6 +69,7 @@ def live_job(config: EmbedConfig) -> Job:
         **_of_every_store(config, towers),
     )
     teacher.to(own_device(), DTYPES[config.precision])
+    teacher.images_at_once = images_at_once(own_device())
     return Job(config, teacher, _source(config, towers), views, info)
 
 

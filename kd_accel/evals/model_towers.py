@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from kd_accel.models.image import encode_image
+from kd_accel.models.image import encode_image, images_at_once
 from kd_accel.models.text import encode_text
 from kd_accel.trim import trimmed
 from kd_accel.types import ImageInput, TextInput
@@ -78,7 +78,8 @@ class ModelImages:
         """[b, 3, H, W] uint8 views, on any device -> raw [b, d] fp32 on the tower's."""
         if not len(views):
             return torch.empty(0, self.embed_dim, device=self.device)
-        return encode_image(self.model, views.to(self.device, non_blocking=True), self.wants).float()
+        views = views.to(self.device, non_blocking=True)
+        return encode_image(self.model, views, self.wants, at_once=images_at_once(self.device)).float()
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,12 @@ from kd_accel.schema import ConfigError
 
 
 def run(config: ExportConfig) -> None:
+    """Write the release and say where. Raises ConfigError as `export` does."""
+    export(config)
+    print(f"written to {config.out}")
+
+
+def export(config: ExportConfig) -> None:
     """Write the release. Raises ConfigError for what cannot be exported, and for an `out` that is there already."""
     out = Path(config.out)
     if out.exists():
@@ -52,7 +58,6 @@ def run(config: ExportConfig) -> None:
         print(f"{parity.format}: largest {what} {_largest(parity):.2g}")
     if agreement is not None:
         print(f"int8: {agreement}, over {agreement.num_pictures} pictures")
-    print(f"written to {out}")
 
 
 def _check_transformers(exported: Exported) -> None:

@@ -9,6 +9,7 @@ from kd_accel.filter.prompts import is_stored, prompt_texts
 from kd_accel.filter_config import FilterConfig
 from kd_accel.models.class_embeddings import class_embeddings, prompt_embeddings
 from kd_accel.models.device import DTYPES, own_device
+from kd_accel.models.image import images_at_once
 from kd_accel.models.teacher import Teacher
 from kd_accel.schema import ConfigError
 from kd_accel.sections import TeacherConfig
@@ -37,6 +38,7 @@ def load_teacher(section: TeacherConfig, config: FilterConfig) -> Teacher:
     teacher = Teacher(section)
     if config.store is not None:
         check_store(section.model_copy(update={"store": config.store}), teacher, name="teacher")
+    teacher.images_at_once = images_at_once(own_device())
     return teacher.to(own_device(), DTYPES[config.precision])
 
 

@@ -18,11 +18,20 @@ def to_model_input(view: Tensor, wanted: ImageInput, dtype: torch.dtype) -> Tens
     return view.float().div_(255).sub_(mean).div_(std).to(dtype)  # in place: on CPU a quarter of the time
 
 
-def encode_image(model: nn.Module, view: Tensor, wanted: ImageInput) -> Tensor:
-    """uint8 `view[b,3,H,W]` -> raw embeddings `[b,d]` in the image tower's dtype."""
+def images_at_once(device: torch.device) -> int | None:
+    """How many to encode at a time without gradients; None: all.
+
+    On a CPU a few, whose activations stay in its caches and in memory that it has already (docs/speed.md).
+    """
+    return 16 if device.type == "cpu" else None
+
+
+def encode_image(model: nn.Module, view: Tensor, wanted: ImageInput, *, at_once: int | None = None) -> Tensor:
+    """uint8 `view[b,3,H,W]` -> raw embeddings `[b,d]` in the image tower's dtype, `at_once` rows at a time."""
     # Asked of the parameters and not of their data: under ZeRO-3 the data is elsewhere.
     dtype = next(p.dtype for p in model.visual.parameters() if p.is_floating_point())  # others: int8 rows
-    return model.encode_image(to_model_input(view, wanted, dtype), normalize=False)
+    pieces = [view] if at_once is None else view.split(at_once)
+    return torch.cat([model.encode_image(to_model_input(piece, wanted, dtype), normalize=False) for piece in pieces])
 
 
 def _per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:

@@ -23,6 +23,7 @@ class Teacher(nn.Module):
     contract      what it wants as input
     towers        of "image" and "text" those it has
     read          those of its towers that are run
+    images_at_once   None, or how many rows its image tower sees at a time
     embed_dim     d
     logit_scale   1 / temperature: the configured one, or that it was trained to
     logit_bias    None, or the bias that it was trained to; a softmax over a row does not see it
@@ -44,6 +45,7 @@ class Teacher(nn.Module):
             self.clip, self.contract, self.embed_dim, scale = build_teacher(config, where=key, weights=weights)
         self.towers = tuple(name for name in ("image", "text") if getattr(self.contract, name) is not None)
         self.read = set(self.towers)
+        self.images_at_once: int | None = None
         self.logit_scale = 1 / config.temperature if config.temperature else math.exp(scale.log_scale)
         self.logit_bias = scale.bias
         self.spec = TeacherSpec(self.embed_dim, self.logit_scale, config.weight, self.towers)
@@ -74,7 +76,7 @@ class Teacher(nn.Module):
         """
         features = {}
         if "image" in self.read:
-            features["image"] = encode_image(self.clip, image, self.contract.image)
+            features["image"] = encode_image(self.clip, image, self.contract.image, at_once=self.images_at_once)
         if "text" in self.read:
             features["text"] = encode_text(self.clip, text)
         return features

@@ -24,19 +24,15 @@ TABLE = (
 )
 
 
-def device(name: str) -> Device:
-    """By its name; CPU is this machine, measured."""
-    return this_device(torch.device("cpu")) if name == "CPU" else next(found for found in TABLE if found.name == name)
-
-
-def this_device(where: torch.device) -> Device:
-    """A GPU of the table by its name; another one, and the CPU, measured."""
+def this_device(where: torch.device, *, bf16: bool) -> Device:
+    """A GPU of the table by its name; another one, and the CPU, measured: in fp32, with `bf16` also in that."""
     if where.type == "cuda":
         name, memory = torch.cuda.get_device_name(where), torch.cuda.get_device_properties(where).total_memory
         known = next((found for found in TABLE if found.name in name), None)
         return known or Device(name, _matmul_flops(where, torch.bfloat16, 8192), memory)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return Device("CPU", _matmul_flops(where, torch.float32, 1024), memory)
+    dtypes = (torch.float32, torch.bfloat16)[: 1 + bf16]  # few CPUs have units for the second
+    return Device("CPU", max(_matmul_flops(where, dtype, 1024) for dtype in dtypes), memory)
 
 
 def _matmul_flops(where: torch.device, dtype: torch.dtype, size: int) -> float:

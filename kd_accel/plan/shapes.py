@@ -1,16 +1,13 @@
 """Models without memory: tensors with shapes and types that run every operation, and hold no numbers.
 
 with shapes_only():
-    model = build()
-    with Watch() as watch:
-        model(pixels)
-watch.flops, watch.peak
+    features = build()(torch.zeros(8, 3, 224, 224))
+features.shape
 """
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -19,17 +16,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
-from torch.utils.flop_counter import flop_registry
 
+UNSAFE_VIEW = torch.ops.aten._unsafe_view.default  # a view, but its schema does not say so
+ASK_FOR_A_NUMBER = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.item.default)
+SMALL = 1024  # numbers
 META = torch.device("meta")
 
 
 @contextmanager
 def shapes_only() -> Iterator[None]:
-    """Tensors made inside take no memory. Whoever asks for a number gets a 1.
+    """Tensors made inside take no memory. Whoever asks for a number that depends on weights or inputs gets a 1.
 
-    torch's FakeTensorMode does the same, and more that is not needed here, in ten times as long.
+    torch's FakeTensorMode does the same, and more that is not needed here, in three times as long.
     """
     fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # one fused operation, whose FLOPs nobody counts
@@ -38,52 +36,6 @@ def shapes_only() -> Iterator[None]:
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
-
-
-class Watch(TorchDispatchMode):
-    """What happens inside: floating point operations, and bytes of the tensors that come to be.
-
-    flops   two per multiplication and addition of matrix products, convolutions, attention
-    held    bytes of those that are still there
-    peak    the most that were there at a time
-
-    The formulas are those of torch's FlopCounterMode, which itself takes as long as everything else together.
-    """
-
-    def __init__(self):
-        super().__init__()
-        self.flops = self.held = self.peak = 0
-        self._known: set[int] = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func._can_decompose():  # under inference_mode torch has not done it yet
-            with self:
-                return func.decompose(*args, **(kwargs or {}))
-        result = func(*args, **(kwargs or {}))
-        if formula := flop_registry.get(func._overloadpacket):
-            self.flops += formula(*args, **(kwargs or {}), out_val=result)
-        self._see(result, (args, kwargs))
-        return result
-
-    def _see(self, result, given) -> None:
-        """Count the bytes of storages from the operation that makes them until nothing refers to them."""
-        new = {_storage(tensor): tensor for tensor in tree_leaves(result) if isinstance(tensor, Tensor)}
-        new = {key: tensor for key, tensor in new.items() if key not in self._known}
-        if new:  # views, and what is changed in place, are none
-            old = {_storage(tensor) for tensor in tree_leaves(given) if isinstance(tensor, Tensor)}
-            for key in new.keys() - old:
-                self._add(key, _bytes_of(new[key]))
-        self.peak = max(self.peak, self.held)
-
-    def _add(self, key: int, storage: torch.UntypedStorage) -> None:
-        size = storage.nbytes()
-        self._known.add(key)
-        self.held += size
-        weakref.finalize(storage, self._drop, key, size)
-
-    def _drop(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self.held -= size
 
 
 def cast(module: nn.Module, dtype: torch.dtype) -> None:
@@ -98,16 +50,25 @@ def cast(module: nn.Module, dtype: torch.dtype) -> None:
 
 
 class _Shape(Tensor):
-    """A CPU tensor to all who ask, autocast and autograd among them; `meta`, a meta tensor, knows its storage."""
+    """A CPU tensor to all who ask, autocast and autograd among them.
+
+    meta    a meta tensor, which knows its storage
+    known   the tensor itself, if it is small and does not depend on weights or inputs: timm asks for dropout rates
+    """
 
     meta: Tensor
+    known: Tensor | None
 
     @staticmethod
     def __new__(cls, meta: Tensor):
-        known = {"strides": meta.stride(), "storage_offset": meta.storage_offset(), "dtype": meta.dtype}
-        shape = Tensor._make_wrapper_subclass(cls, meta.shape, **known, device="cpu")
-        shape.meta = meta
+        layout = {"strides": meta.stride(), "storage_offset": meta.storage_offset(), "dtype": meta.dtype}
+        shape = Tensor._make_wrapper_subclass(cls, meta.shape, **layout, device="cpu")
+        shape.meta, shape.known = meta, None
         return shape
+
+    def tolist(self):
+        """Torch has none for subclasses."""
+        return [part.tolist() for part in self] if self.ndim else self.item()
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
@@ -128,44 +89,98 @@ class _Layout:
     dtype: torch.dtype
 
 
-_results: dict[tuple, Any] = {}  # layouts by operation and arguments: many meta kernels are slow Python
+_layouts: dict[tuple, Any] = {}  # of results, by operation and arguments: many meta kernels are slow Python
 
 
-def _run(operation, args, kwargs):
+def _run(operation, args: tuple, kwargs: dict) -> Any:
     """On meta tensors."""
-    if operation is torch.ops.aten._local_scalar_dense.default:
-        return 1.0 if args[0].is_floating_point() else 1
-    leaves, structure = tree_flatten((args, kwargs))
-    given = {id(leaf.meta): leaf for leaf in leaves if isinstance(leaf, _Shape)}
-    leaves = [_on_meta(leaf) for leaf in leaves]
-
-    def results():
-        args, kwargs = tree_unflatten(leaves, structure)
-        where = {"device": META} if _takes_device(operation) and not given else {}
-        return operation(*args, **kwargs | where)
-
-    if _changes_or_views(operation):
-        return tree_map_only(Tensor, lambda made: given[id(made)] if id(made) in given else _Shape(made), results())
-    key = operation, structure, *(_layout(x) if isinstance(x, Tensor) else (type(x), x) for x in leaves)
-    if key not in _results:
-        _results[key] = tree_map_only(Tensor, _layout, results())
-    return tree_map_only(_Layout, _empty, _results[key])
+    given = [shape for shape in tensors_in((args, kwargs)) if isinstance(shape, _Shape)]
+    if operation in ASK_FOR_A_NUMBER:
+        return 1 if given[0].known is None else given[0].known.item()
+    if operation._schema.is_mutable:
+        for shape in given:
+            shape.known = None
+        return _shared(operation, args, kwargs, given)
+    made = _shared(operation, args, kwargs, given) if _views(operation) else _new(operation, args, kwargs)
+    if all(shape.known is not None for shape in given) and _is_constant(operation, made):
+        known = operation(*_each(_known_of, args), **_each(_known_of, kwargs))
+        for shape, value in zip(tensors_in(made), tensors_in(known), strict=True):
+            shape.known = value
+    return made
 
 
-def _on_meta(value: Any) -> Any:
-    if isinstance(value, _Shape):
-        return value.meta
+def _shared(operation, args: tuple, kwargs: dict, given: list[_Shape]) -> Any:
+    """What comes out, whatever it shares with what is given."""
+    shapes = {id(shape.meta): shape for shape in given}
+    return _each(
+        lambda x: (shapes.get(id(x)) if id(x) in shapes else _Shape(x)) if isinstance(x, Tensor) else x,
+        _on_meta(operation, args, kwargs),
+    )
+
+
+def _new(operation, args: tuple, kwargs: dict) -> Any:
+    """What comes out, if it shares nothing; the operation itself runs only once."""
+    key = operation, _key(args), _key(kwargs)
+    if key not in _layouts:
+        _layouts[key] = _each(_layout_of, _on_meta(operation, args, kwargs))
+    return _each(_empty, _layouts[key])
+
+
+def _on_meta(operation, args: tuple, kwargs: dict) -> Any:
+    kwargs = _each(_meta_of, kwargs)
+    if _takes_device(operation) and next(tensors_in(args), None) is None:
+        kwargs["device"] = META
+    return operation(*_each(_meta_of, args), **kwargs)
+
+
+def _each(change: Callable[[Any], Any], value: Any) -> Any:
+    """`value` with every part of its tuples, lists and dicts changed; torch's pytree takes ten times as long."""
+    kind = type(value)
+    if kind is tuple or kind is list:
+        return kind([_each(change, part) for part in value])
+    if kind is dict:
+        return {name: _each(change, part) for name, part in value.items()}
+    return change(value)
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Those in nested tuples, lists and dicts."""
     if isinstance(value, Tensor):
-        return value.to(META)
+        yield value
+    elif isinstance(value, tuple | list):
+        for part in value:
+            yield from tensors_in(part)
+    elif isinstance(value, dict):
+        yield from tensors_in(tuple(value.values()))
+
+
+def _key(value: Any) -> Any:
+    """What decides the layouts of results: of tensors theirs. 1, 1.0 and True are not the same."""
+    if isinstance(value, tuple | list):
+        return tuple([_key(part) for part in value])
+    if isinstance(value, dict):
+        return tuple([(name, _key(part)) for name, part in value.items()])
+    return _layout_of(value) if isinstance(value, Tensor) else (type(value), value)
+
+
+def _meta_of(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.meta if isinstance(value, _Shape) else value.to(META)
     return META if isinstance(value, torch.device) else value
 
 
-def _layout(tensor: Tensor) -> _Layout:
-    return _Layout(tensor.shape, tensor.stride(), tensor.dtype)
+def _known_of(value: Any) -> Any:
+    return value.known if isinstance(value, _Shape) else value
 
 
-def _empty(layout: _Layout) -> _Shape:
-    return _Shape(torch.empty_strided(layout.shape, layout.stride, dtype=layout.dtype, device=META))
+def _layout_of(value: Any) -> Any:
+    return _Layout(value.shape, value.stride(), value.dtype) if isinstance(value, Tensor) else value
+
+
+def _empty(value: Any) -> Any:
+    if isinstance(value, _Layout):
+        return _Shape(torch.empty_strided(value.shape, value.stride, dtype=value.dtype, device=META))
+    return value
 
 
 @cache
@@ -174,14 +189,16 @@ def _takes_device(operation) -> bool:
 
 
 @cache
-def _changes_or_views(operation) -> bool:
-    """What it is given."""
-    return any(argument.alias_info is not None for argument in operation._schema.arguments)
+def _views(operation) -> bool:
+    """What it is given; or it may."""
+    return operation is UNSAFE_VIEW or any(argument.alias_info is not None for argument in operation._schema.arguments)
 
 
-def _storage(tensor: Tensor) -> int:
-    return _bytes_of(tensor)._cdata
+def _is_constant(operation, made: Any) -> bool:
+    small = all(shape.numel() <= SMALL for shape in tensors_in(made))
+    return small and torch.Tag.nondeterministic_seeded not in operation.tags
 
 
-def _bytes_of(tensor: Tensor) -> torch.UntypedStorage:
+def storage_of(tensor: Tensor) -> torch.UntypedStorage:
+    """Of a real tensor or of one inside shapes_only()."""
     return (tensor.meta if isinstance(tensor, _Shape) else tensor).untyped_storage()

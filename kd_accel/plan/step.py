@@ -19,7 +19,8 @@ from kd_accel.models.class_embeddings import read_names
 from kd_accel.models.student import Student
 from kd_accel.models.teacher import Teacher
 from kd_accel.objective import Objective
-from kd_accel.plan.shapes import Watch, cast
+from kd_accel.plan.shapes import cast
+from kd_accel.plan.watch import Watch
 from kd_accel.schedules import Progress
 from kd_accel.terms import LabelCE
 

@@ -13,6 +13,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from kd_accel import assembly
@@ -22,7 +23,7 @@ from kd_accel.data.loader import rows_per_micro_batch
 from kd_accel.data.open import open_source
 from kd_accel.fit import check_fit
 from kd_accel.models.student import Student
-from kd_accel.plan.devices import TABLE, Device, device
+from kd_accel.plan.devices import TABLE, Device, this_device
 from kd_accel.plan.memory import STAGES, Memory, Peaks, Weights, checkpoint_bytes, memory, network_bytes
 from kd_accel.plan.page import in_words
 from kd_accel.plan.shapes import shapes_only
@@ -89,9 +90,9 @@ def run(config: PlanConfig) -> None:
 def make_plan(config: PlanConfig) -> Plan:
     """The plan of a training config. Raises ConfigError."""
     count, name = config.devices.split("x")
-    cpu = device("CPU")
-    world_size, chosen = int(count), cpu if name == "CPU" else device(name)
     accumulate, bf16 = config.train.accumulate, config.precision == "bf16"
+    devices = {known.name: known for known in (*TABLE, this_device(torch.device("cpu"), bf16=bf16))}
+    world_size = int(count)
     rows = rows_per_micro_batch(config.data, world_size, accumulate)
     with shapes_only():
         teachers = assembly.build_teachers(config, weights=False)
@@ -129,7 +130,7 @@ def make_plan(config: PlanConfig) -> Plan:
         world_size=world_size,
         global_batch=global_batch,
         device=name,
-        device_memory=chosen.memory,
+        device_memory=devices[name].memory,
         parameters=_parameters(student, teachers),
         student=costs[0][False],
         teachers=taught,
@@ -144,7 +145,7 @@ def make_plan(config: PlanConfig) -> Plan:
         },
         samples_per_epoch=on_epoch,
         samples=samples,
-        hours=_hours(flops[0], samples, [*TABLE, cpu], world_size, config.mfu),
+        hours=_hours(flops[0], samples, [*devices.values()], world_size, config.mfu),
     )
 
 

@@ -33,7 +33,7 @@ def run(config: PushConfig) -> None:
             raise ConfigError(f"license={config.license}: {given} has its card: give it to kd-accel export")
         print(f"pushed to {upload(given, config, tag=tag, message='Release')}")
         return
-    from kd_accel.export.verb import run as export  # with torch: a release is pushed without
+    from kd_accel.export.verb import export  # with torch: a release is pushed without
 
     copy = release.parent / ".push" / config.repo.rpartition("/")[2]
     shutil.rmtree(copy.parent, ignore_errors=True)  # left by a process that was killed

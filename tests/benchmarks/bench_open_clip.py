@@ -2,6 +2,7 @@
 
     python tests/benchmarks/bench_open_clip.py                        # two CPU processes, fp32; half an hour
     python tests/benchmarks/bench_open_clip.py --teachers B/16 --repeats 1 --open-clip-python venv/bin/python
+    python tests/benchmarks/bench_open_clip.py --precision bf16            # amp_bf16 there; for CPUs with units for it
 
 open_clip's trainer is `open_clip_train` of open_clip_torch (3.3.0 when this was written); it needs pandas
 (pip install "open_clip_torch[training]"), perhaps in an environment of its own, and is run by torchrun as its README
@@ -41,6 +42,7 @@ MODELS = {  # embedding, patch, layers and width of the pictures, width of the c
     "L/14": (768, 14, 24, 1024, 768),
 }
 STUDENT = "B/32"
+PRECISIONS = {"fp32": "fp32", "bf16": "amp_bf16"}  # ours, theirs
 HEAD = 32  # width of an attention head; theirs is 64
 LEFT_OUT = 5  # steps at the start
 SPEED = re.compile(r"([0-9.e+]+)/s, [0-9.e+]+/s/gpu")
@@ -100,7 +102,7 @@ def with_open_clip(folder: Path, options: argparse.Namespace, *more: str) -> flo
     shards = sorted(options.shards.glob("*.tar"))
     samples = options.steps * options.batch * options.processes
     trainer = str(Path(__file__).with_name("open_clip_on_cpu.py"))
-    words = [trainer, "--device", "cpu", "--dist-backend", "gloo", "--precision", "fp32"]
+    words = [trainer, "--device", "cpu", "--dist-backend", "gloo", "--precision", PRECISIONS[options.precision]]
     words += ["--model", f"local-dir:{folder}/student", "--distill-model", f"local-dir:{folder}/teacher"]
     words += ["--distill-pretrained", "open_clip_model.safetensors", "--local-loss", "--gather-with-grad"]
     words += ["--train-data", "::".join(map(str, shards)), "--dataset-type", "webdataset", "--dataset-resampled"]
@@ -113,7 +115,7 @@ def with_open_clip(folder: Path, options: argparse.Namespace, *more: str) -> flo
 
 def with_kd_accel(folder: Path, options: argparse.Namespace, *more: str, store: Path | None) -> float:
     file = config_of(folder, options, store)
-    run(["-m", "kd_accel", "train", str(file), *more], folder, options)
+    run(["-m", "kd_accel", "train", str(file), f"precision={options.precision}", *more], folder, options)
     rows = read_rows(folder / "runs" / "run" / "metrics.jsonl")
     shutil.rmtree(folder / "runs")
     return median(row["samples_per_second"] for row in rows[LEFT_OUT:])
@@ -137,6 +139,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_shards(parser)
     parser.add_argument("--batch", type=int, default=64, help="of a process")
+    parser.add_argument("--precision", choices=list(PRECISIONS), default="fp32")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--steps", type=int, default=15)
     parser.add_argument("--repeats", type=int, default=2)
@@ -147,8 +150,8 @@ def main() -> None:
     add_output(parser)
     options = parser.parse_args()
     theirs = versions(options.open_clip_python)
-    print(f"{options.processes} processes x {options.batch}; kd_accel with torch {torch.__version__};", end=" ")
-    print(f"open_clip {theirs['open_clip']} with torch {theirs['torch']}")
+    print(f"{options.processes} processes x {options.batch}, {options.precision};", end=" ")
+    print(f"kd_accel with torch {torch.__version__}; open_clip {theirs['open_clip']} with torch {theirs['torch']}")
     figures: dict = {"versions": {"open_clip": theirs, "kd_accel": {"torch": torch.__version__}}}
     given = options.shards
     for teacher in options.teachers:

@@ -36,6 +36,16 @@ def test_features_equal_the_released_model_and_carry_no_gradient(teacher, studen
     torch.testing.assert_close(out, {key: row.detach() for key, row in model(view, tokens).items()}, rtol=0, atol=0)
 
 
+def test_some_images_at_a_time(teacher, view):
+    """Every piece is seen once, in order, and no more rows than were asked for are seen together."""
+    teacher.read = {"image"}
+    whole, seen = teacher(view, None)["image"], []
+    teacher.clip.visual.register_forward_hook(lambda tower, given, said: seen.append(len(said)))
+    teacher.images_at_once = len(view) - 1
+    torch.testing.assert_close(teacher(view, None)["image"], whole)
+    assert seen == [len(view) - 1, 1]
+
+
 def test_training_forward_does_not_move_batch_statistics(teacher, view, captions):
     before = {name: buffer.clone() for name, buffer in teacher.named_buffers()}
     teacher.train()

@@ -16,8 +16,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from kd_accel.cli import main
 from kd_accel.config_files import load
 from kd_accel.plan.memory import STAGES
-from kd_accel.plan.shapes import Watch, shapes_only
+from kd_accel.plan.shapes import shapes_only
 from kd_accel.plan.verb import make_plan
+from kd_accel.plan.watch import Watch
 from kd_accel.plan_config import PlanConfig
 from kd_accel.schema import ConfigError, validate
 

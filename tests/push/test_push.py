@@ -149,7 +149,8 @@ def test_a_run_is_pushed_at_its_newest_checkpoint(hub, run_folder, tmp_path):
     assert hub.hangs.wait(PATIENCE_S), process.poll()
     process.kill()
     process.communicate()
-    push(hub, tmp_path, str(run_folder), "repo=me/student", "private=false", "license=mit")
+    output = push(hub, tmp_path, str(run_folder), "repo=me/student", "private=false", "license=mit")
+    assert ".push" not in output  # which is gone by then
     repo = hub.repos["me/student"]
     assert list(repo.tags) == ["step-20"]
     card = repo.files["README.md"].decode()
