@@ -56,16 +56,11 @@ class Engine:
         self._check_asked(student, config)
         self.student = student
         live = {name: teacher for name, teacher in teachers.items() if isinstance(teacher, Teacher)}
-        if config.precision == "bf16":
-            for teacher in live.values():
-                teacher.to(torch.bfloat16)  # frozen: no master weights to keep
+        inside = {name for name, section in teachers_of(config).items() if section.placement == "engine"}
+        self._prepare_teachers(live, inside, config)
         models = {"student": student, **live} if config.train.compile else {}
         self.compiled = self._compile(models)  # how many blocks, by model
-        inside = {name for name, section in teachers_of(config).items() if section.placement == "engine"}
         self.replicated = {n: t.to(accelerator.device) for n, t in live.items() if n not in inside}
-        for name, teacher in live.items():
-            if name not in inside or not (self.zero_stage == 3 or self.is_fsdp):  # its weights are gathered once a step
-                teacher.images_at_once = images_at_once(accelerator.device)
         pair = Pair(student, {name: teacher for name, teacher in live.items() if name in inside})
         _check_coverage(pair, optimizer)
         frozen = frozen_weights(student, dict(student.named_parameters()))
@@ -198,6 +193,15 @@ class Engine:
             for block in sum(blocks.values(), []):
                 set_z3_leaf_module(block, True)  # all its weights are gathered before its graph, none inside
         return {name: len(found) for name, found in blocks.items()}
+
+    def _prepare_teachers(self, live: dict[str, Teacher], inside: set[str], config: TrainConfig) -> None:
+        """In their precision, and with as many images at a time as the device likes, before anything wraps them."""
+        gathered = inside if self.zero_stage == 3 else set()  # by every call, so one a step is enough
+        for name, teacher in live.items():
+            if config.precision == "bf16":
+                teacher.to(torch.bfloat16)  # frozen: no master weights to keep
+            if name not in gathered:
+                teacher.images_at_once = images_at_once(self.accelerator.device)
 
     def _check_asked(self, student: Student, config: TrainConfig) -> None:
         """What this engine cannot hold. Raises ConfigError."""
