@@ -27,7 +27,7 @@ META = torch.device("meta")
 def shapes_only() -> Iterator[None]:
     """Tensors made inside take no memory. Whoever asks for a number that depends on weights or inputs gets a 1.
 
-    torch's FakeTensorMode does the same, and more that is not needed here, in three times as long.
+    torch's FakeTensorMode does the same, and more that is not needed here, in several times as long.
     """
     fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # one fused operation, whose FLOPs nobody counts
@@ -134,7 +134,7 @@ def _on_meta(operation, args: tuple, kwargs: dict) -> Any:
 
 
 def _each(change: Callable[[Any], Any], value: Any) -> Any:
-    """`value` with every part of its tuples, lists and dicts changed; torch's pytree takes ten times as long."""
+    """`value` with every part of its tuples, lists and dicts changed; torch's pytree was most of `plan`'s time."""
     kind = type(value)
     if kind is tuple or kind is list:
         return kind([_each(change, part) for part in value])

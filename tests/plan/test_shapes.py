@@ -10,7 +10,7 @@ import timm
 import torch
 from transformers import BertConfig, BertModel
 
-from kd_accel.plan.shapes import shapes_only
+from kd_accel.plan.shapes import shapes_only, tensors_in
 from kd_accel.plan.watch import Watch
 
 VISION = {"image_size": 32, "patch_size": 8, "width": 64, "layers": 2, "head_width": 32}
@@ -52,10 +52,7 @@ def watched(build, way, passes):
         model, given = build()
         with Watch() as watch:
             with torch.autocast("cpu", torch.bfloat16):
-                said = model(*given)
-            said = [
-                x for x in (said if isinstance(said, tuple) else said.values() if isinstance(said, dict) else [said])
-            ]
+                said = list(tensors_in(model(*given)))
             held = watch.held
             if said[0].requires_grad:
                 sum(x.float().sum() for x in said).backward()
