@@ -6,10 +6,8 @@ they meet (MASTER_ADDR, MASTER_PORT). What they then say to each other is in dis
 
 from __future__ import annotations
 
-import logging
 import os
 import socket
-import sys
 import threading
 from concurrent.futures import Future
 from contextlib import suppress
@@ -22,6 +20,7 @@ import psutil
 import torch
 import torch.distributed as dist
 
+from kd_accel.leave import leave
 from kd_accel.schema import ConfigError, LocalError
 
 
@@ -170,10 +169,7 @@ def end_process(code: int) -> None:
         return
     if code == 0 and dist.is_initialized():
         dist.destroy_process_group()
-    logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+    leave(code)
 
 
 def first_line(error: BaseException) -> str:

@@ -164,7 +164,7 @@ class ObjectiveConfig(Schema):
     """Start of the learnable bias on the student's logits, of which only siglip makes use (-10 in the paper).
 
     null: the pretrained student's own, where it brings one."""
-    chunk_rows: int = Field(512, gt=0)
+    chunk_rows: int = Field(256, gt=0)
     """Rows of a process that are compared with all columns at a time: memory grows with chunk_rows x global batch."""
     memory: Literal["replicated", "sharded"] = "replicated"
     """What terms remember of each sample: on every process that of all samples, or of its share of them (sharded).

@@ -239,6 +239,33 @@ def test_python_m_kd_accel_is_the_command():
     assert (done.returncode, done.stderr) == (2, "error: unknown verb 'trian'; did you mean 'train'?\n")
 
 
+ENDING = """
+import atexit
+from kd_accel import cli
+
+class Kept:
+    def __del__(self):
+        print("taken apart")
+
+def main():
+    atexit.register(print, "closed")
+    {body}
+
+kept, cli.main = Kept(), main
+cli.run()
+"""
+
+
+@pytest.mark.parametrize(
+    ("body", "code", "last"), [("return 3", 3, ""), ("1 / 0", 1, "ZeroDivisionError: division by zero")]
+)
+def test_the_end_waits_for_who_asked_for_it_and_takes_nothing_apart(body, code, last):
+    program = [sys.executable, "-c", ENDING.format(body=body)]
+    done = subprocess.run(program, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (code, "closed\n")
+    assert done.stderr.splitlines()[-1:] == [last][: bool(last)]
+
+
 def test_parse_runs_nothing():
     """It raises what main prints."""
     with pytest.raises(ConfigError, match="unknown verb"):

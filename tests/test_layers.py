@@ -19,7 +19,7 @@ LAYERS = (
         "__init__ types whole_files schema config_files schedules terms augment_config cache_config"
         " data_config sections config pack_config filter_config download_config embed_config eval_config"
         " probe_config train_eval_config prepare_config export_config predict_config push_config plan_config"
-        " doctor_config bench_config index_config report_config demo_config slurm help verbs",
+        " doctor_config bench_config index_config report_config demo_config slurm help leave verbs",
     ),
     ("timing", "text_files"),
     ("distributed", "processes", "losses", "random_state signals logs"),

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 
 UNSAFE_VIEW = torch.ops.aten._unsafe_view.default  # a view, but its schema does not say so
 ASK_FOR_A_NUMBER = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.item.default)
@@ -80,6 +80,14 @@ class _Shapes(TorchDispatchMode):
         return _run(func, args, kwargs or {})
 
 
+def operate(operation, args: tuple, kwargs: dict) -> Any:
+    """operation(*args, **kwargs) for other modes: inside shapes_only() without torch's way from this one to its own."""
+    if not isinstance(_get_current_dispatch_mode(), _Shapes):
+        return operation(*args, **kwargs)
+    with torch._C._DisableTorchDispatch():
+        return _run(operation, args, kwargs)
+
+
 @dataclass(frozen=True, slots=True)
 class _Layout:
     """What torch.empty_strided wants to know."""
@@ -128,7 +136,7 @@ def _new(operation, args: tuple, kwargs: dict) -> Any:
 
 def _on_meta(operation, args: tuple, kwargs: dict) -> Any:
     kwargs = _each(_meta_of, kwargs)
-    if _takes_device(operation) and next(tensors_in(args), None) is None:
+    if _takes_device(operation) and not tensors_in(args):
         kwargs["device"] = META
     return operation(*_each(_meta_of, args), **kwargs)
 
@@ -143,15 +151,22 @@ def _each(change: Callable[[Any], Any], value: Any) -> Any:
     return change(value)
 
 
-def tensors_in(value: Any) -> Iterator[Tensor]:
+def tensors_in(value: Any) -> list[Tensor]:
     """Those in nested tuples, lists and dicts."""
+    found: list[Tensor] = []
+    _collect(value, found)
+    return found
+
+
+def _collect(value: Any, found: list[Tensor]) -> None:
     if isinstance(value, Tensor):
-        yield value
+        found.append(value)
     elif isinstance(value, tuple | list):
         for part in value:
-            yield from tensors_in(part)
+            _collect(part, found)
     elif isinstance(value, dict):
-        yield from tensors_in(tuple(value.values()))
+        for part in value.values():
+            _collect(part, found)
 
 
 def _key(value: Any) -> Any:

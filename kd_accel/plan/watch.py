@@ -8,12 +8,18 @@ watch.flops, watch.peak
 from __future__ import annotations
 
 import weakref
+from functools import cache
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from kd_accel.plan.shapes import storage_of, tensors_in
+from kd_accel.plan.shapes import operate, storage_of, tensors_in
+
+
+@cache
+def _can_decompose(operation) -> bool:
+    return operation._can_decompose()
 
 
 class Watch(TorchDispatchMode):
@@ -32,10 +38,10 @@ class Watch(TorchDispatchMode):
         self._known: set[int] = set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func._can_decompose():  # under inference_mode torch has not done it yet
+        if _can_decompose(func):  # under inference_mode torch has not done it yet
             with self:
                 return func.decompose(*args, **(kwargs or {}))
-        result = func(*args, **(kwargs or {}))
+        result = operate(func, args, kwargs or {})
         if formula := flop_registry.get(func._overloadpacket):
             self.flops += formula(*args, **(kwargs or {}), out_val=result)
         self._see(result, (args, kwargs))
@@ -43,12 +49,12 @@ class Watch(TorchDispatchMode):
 
     def _see(self, result, given) -> None:
         """Count the bytes of storages from the operation that makes them until nothing refers to them."""
-        new = {storage_of(tensor)._cdata: tensor for tensor in tensors_in(result)}
-        new = {key: tensor for key, tensor in new.items() if key not in self._known}
+        made = [storage_of(tensor) for tensor in tensors_in(result)]
+        new = {storage._cdata: storage for storage in made if storage._cdata not in self._known}
         if new:  # views, and what is changed in place, are none
             old = {storage_of(tensor)._cdata for tensor in tensors_in(given)}
             for key in new.keys() - old:
-                self._add(key, storage_of(new[key]))
+                self._add(key, new[key])
         self.peak = max(self.peak, self.held)
 
     def _add(self, key: int, storage: torch.UntypedStorage) -> None:

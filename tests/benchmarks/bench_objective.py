@@ -159,7 +159,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, nargs="+", default=[2048, 4096, 8192, 16384], help="global batches")
     parser.add_argument("--width", type=int, default=512)
-    parser.add_argument("--chunk", type=int, default=512)
+    parser.add_argument("--chunk", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=8)
     parser.add_argument("--limit-gib", type=float, default=6)
     add_device(parser)
