@@ -101,10 +101,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         config = config_of(Path(folder), options)
         alone = losses(None, config, 2 * options.batch)
-        found: dict = {"losses": {"one process": alone}}
+        found: dict = {"losses": {"one process": alone, "apart": {}}}
         for engine, launcher in ENGINES.items():
             found["losses"][engine] = both = losses(launcher, config, options.batch)
             apart = max(abs(a - b) / abs(a) for a, b in zip(alone, both, strict=True))
+            found["losses"]["apart"][engine] = apart
             print(f"{engine}: losses of {len(alone)} steps differ from one process by {apart:.1e} at most", flush=True)
         for given in ("synthetic", "data"):
             speeds = {name: [] for name in ("one process", "two apart", *ENGINES)}
