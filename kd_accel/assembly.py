@@ -20,6 +20,7 @@ from kd_accel.data.stream import TarStream, expand_streams
 from kd_accel.data.stream_loader import StreamLoader
 from kd_accel.data_config import DataConfig
 from kd_accel.fit import check_class_width, check_fit, check_towers, match_towers
+from kd_accel.models.attention import pack_attention
 from kd_accel.models.class_embeddings import class_embeddings
 from kd_accel.models.image import to_model_input
 from kd_accel.models.inherit import inherit
@@ -52,6 +53,7 @@ def _build_teacher(name: str, section: TeacherConfig, weights: bool) -> Teacher 
     if section.placement == "cached":
         return StoredTeacher(section, name=name)
     teacher = Teacher(section, name=name, weights=weights)
+    pack_attention(teacher)
     if not weights:
         return teacher
     if section.store is not None:
@@ -71,6 +73,7 @@ def build_student(config: TrainConfig, teachers: Teachers, *, weights: bool = Tr
         raise ConfigError(f"objective.terms: masked_feature_mse with mask_ratio {sorted(ratios)}: one view is made")
     dims = {name: teacher.embed_dim for name, teacher in teachers.items()}
     student = Student(config.student, dims, mask_ratio=next(iter(ratios), None), weights=weights)
+    pack_attention(student)
     if config.student.init is not None and weights:
         student.inherited = inherit(
             student.clip, _forebear(config, teachers), where=f"student.init={config.student.init}"

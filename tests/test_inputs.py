@@ -17,6 +17,7 @@ import torch.nn.functional as F
 
 from kd_accel.config import TrainConfig
 from kd_accel.data.transforms import decode, eval_view
+from kd_accel.models.attention import pack_attention
 from kd_accel.models.image import encode_image
 from kd_accel.models.release import read_release
 from kd_accel.models.release_folder import resolve_release
@@ -135,6 +136,7 @@ def test_an_image_tower_alone(config, tmp_path, tiny_teacher, student):
     found = losses(tmp_path)
     assert sum(found[-3:]) < sum(found[:3])
     clip, contract, _, _ = release_of(tmp_path)
+    pack_attention(clip)  # computed as in training
     assert contract.text is None
     assert contract.image == trainer.student.contract.image
     view = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)

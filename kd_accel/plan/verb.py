@@ -113,16 +113,8 @@ def make_plan(config: PlanConfig) -> Plan:
     )
     objective = objective_cost(config, student, teachers, rows=rows * accumulate, world_size=world_size)
     by_id = objective.bytes_per_sample_id * (on_epoch or 0)
-    shared = {"world_size": world_size, "bf16": bf16}
+    memories = [_memory(config, weights, own, taught, objective, by_id, world_size) for own in costs]
     compared = FEATURE_BYTES * global_batch * _width_compared(config, student, teachers)
-    average = config.train.ema_decay is not None
-    by_id_here = by_id // (world_size if config.objective.memory == "sharded" else 1)
-    memories = []
-    for own in costs:
-        peaks = [_peaks(own[stage > 0], taught, objective, by_id_here) for stage in STAGES]
-        memories.append(
-            {stage: memory(stage, weights, peaks[stage], **shared, has_average=average) for stage in STAGES}
-        )
     flops = [_flops_per_sample(own[False], taught, objective, rows=rows, accumulate=accumulate) for own in costs]
     return Plan(
         rows=rows,
@@ -138,8 +130,11 @@ def make_plan(config: PlanConfig) -> Plan:
         flops_per_sample=flops[0],
         memory=memories[0],
         otherwise=Otherwise(not config.student.grad_checkpointing, flops[1], memories[1]) if costs[1:] else None,
-        network={stage: network_bytes(stage, weights, **shared, features=compared) for stage in STAGES},
-        checkpoint=checkpoint_bytes(weights.trained, weights.frozen, has_average=average) + by_id,
+        network={
+            stage: network_bytes(stage, weights, world_size=world_size, bf16=bf16, features=compared)
+            for stage in STAGES
+        },
+        checkpoint=checkpoint_bytes(weights.trained, weights.frozen, has_average=_has_average(config)) + by_id,
         store_per_sample={
             name: 2 * t.embed_dim * len(assembly.towers_read(config, name)) for name, t in teachers.items()
         },
@@ -165,9 +160,28 @@ def _student_costs(config: PlanConfig, student: Student, given: Inputs) -> list[
     return [as_configured, both()]
 
 
-def _peaks(student: StudentCost, teachers: TeachersCost, objective: ObjectiveCost, by_id: int) -> Peaks:
-    """Teachers run, and losses are computed, while the student's activations wait."""
-    return Peaks(max(student.peak, student.held + teachers.peak), student.held + objective.peak, by_id)
+def _memory(
+    config: PlanConfig,
+    weights: Weights,
+    student: dict[bool, StudentCost],
+    teachers: TeachersCost,
+    objective: ObjectiveCost,
+    by_id: int,
+    world_size: int,
+) -> dict[int, Memory]:
+    """By ZeRO stage. Teachers run, and losses are computed, while the student's activations wait."""
+    by_id //= world_size if config.objective.memory == "sharded" else 1
+    found = {}
+    for stage in STAGES:
+        own = student[stage > 0]
+        peaks = Peaks(max(own.peak, own.held + teachers.peak), own.held + objective.peak, by_id)
+        sizes = {"world_size": world_size, "bf16": config.precision == "bf16", "has_average": _has_average(config)}
+        found[stage] = memory(stage, weights, peaks, **sizes)
+    return found
+
+
+def _has_average(config: PlanConfig) -> bool:
+    return config.train.ema_decay is not None
 
 
 def _weights(config: PlanConfig, student: Student, teachers: assembly.Teachers) -> Weights:
