@@ -104,7 +104,7 @@ def held(teacher: Teacher) -> dict[str, int]:
 def measure(teacher: str, stage: int, placement: str, folder: Path) -> None:
     """Three steps and a checkpoint: bytes by rank, the teacher's features against the plain teacher's."""
     run = Run(teacher, stage, placement, folder)
-    plain = Teacher(run.config.teacher).to(torch.bfloat16)
+    plain = assembly.build_teachers(run.config)["teacher"].to(torch.bfloat16)
     difference = 0.0
     for number in range(3):
         batch = make_batch(number)
