@@ -15,6 +15,7 @@ SLOW = (
     "datasets",
     "deepspeed",
     "onnx",
+    "aiohttp",
 )
 
 

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from kd_accel.cache_config import CacheConfig
 from kd_accel.config import sources_of
-from kd_accel.data.cache import open_cache
 from kd_accel.data.folders import existing_folder, open_folder
 from kd_accel.data.index import expand_shards
-from kd_accel.data.remote_index import expand_urls
-from kd_accel.data.remote_shards import RemoteShards
 from kd_accel.data.shards import TarSource
 from kd_accel.data.source import Source, Sources
 from kd_accel.data.tables import expand_files, open_table
 from kd_accel.data.urls import is_remote
 from kd_accel.data_config import DataConfig, SourceConfig
 from kd_accel.schema import ConfigError
+
+if TYPE_CHECKING:
+    from kd_accel.data.remote_shards import RemoteShards
 
 
 def open_source(data: DataConfig, *, images: bool, captions: bool) -> tuple[Source, np.ndarray | None]:
@@ -98,6 +98,10 @@ def tar_fields(section: SourceConfig, *, images: bool, captions: bool) -> dict[s
 def _tars(shards: str | list[str], config: CacheConfig) -> list[Path] | RemoteShards:
     if not any(map(is_remote, [shards] if isinstance(shards, str) else shards)):
         return expand_shards(shards)
+    from kd_accel.data.cache import open_cache  # these bring aiohttp, a fifth of a second that others need not wait
+    from kd_accel.data.remote_index import expand_urls
+    from kd_accel.data.remote_shards import RemoteShards
+
     cache = open_cache(config)
     return RemoteShards(expand_urls(shards, cache), cache, downloads=config.downloads)
 

@@ -5,14 +5,17 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from kd_accel.data.index import ShardIndex, load_index
 from kd_accel.data.members import IMAGE_EXTENSIONS, Field, class_number, texts_of
-from kd_accel.data.remote_shards import RemoteShards
 from kd_accel.data.source import BadSample, Sample, Source
 from kd_accel.data.urls import shown
+
+if TYPE_CHECKING:
+    from kd_accel.data.remote_shards import RemoteShards
 
 MAX_OPEN = 64  # shards per process; thousands of shards would run into the limit on open files
 
@@ -33,9 +36,9 @@ class TarSource(Source):
         synthetic: Sequence[str] = (),
         label: str | None = None,
     ):
-        self._remote = paths if isinstance(paths, RemoteShards) else None
+        self._remote = None if isinstance(paths, list) else paths
         self.is_remote = self._remote is not None
-        self.paths: list[Path] = paths.paths if isinstance(paths, RemoteShards) else paths
+        self.paths: list[Path] = paths if isinstance(paths, list) else paths.paths
         self._image, self._label = image, label
         self._captions, self._synthetic = [Field.parse(c) for c in captions], [Field.parse(c) for c in synthetic]
         members: list[tuple[str, tuple[str, ...]]] = [("data.shards", IMAGE_EXTENSIONS)] if image else []
