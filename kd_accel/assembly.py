@@ -73,7 +73,8 @@ def build_student(config: TrainConfig, teachers: Teachers, *, weights: bool = Tr
         raise ConfigError(f"objective.terms: masked_feature_mse with mask_ratio {sorted(ratios)}: one view is made")
     dims = {name: teacher.embed_dim for name, teacher in teachers.items()}
     student = Student(config.student, dims, mask_ratio=next(iter(ratios), None), weights=weights)
-    pack_attention(student)
+    if config.compress.int8 is None:  # whose quantisers belong to the operations of a release
+        pack_attention(student)
     if config.student.init is not None and weights:
         student.inherited = inherit(
             student.clip, _forebear(config, teachers), where=f"student.init={config.student.init}"
