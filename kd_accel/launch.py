@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import warnings
 from datetime import timedelta
 
 import torch
@@ -46,6 +47,7 @@ def start_accelerator(
         alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
         # DDP would overwrite every rank's running statistics with rank 0's before each forward pass.
         handlers.append(DistributedDataParallelKwargs(broadcast_buffers=False))
+        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)  # Accelerate has no other
         accelerator = Accelerator(cpu=on_cpu, mixed_precision=mixed, kwargs_handlers=[] if alone else handlers)
     else:
         plugin = _deepspeed_plugin(
