@@ -72,10 +72,11 @@ def _run_ranks(args: str | Path | list[str], nproc: int = 2, **how) -> str:
 
 def kill_tree(pid: int) -> None:
     """SIGKILL to a process and all it has started: torchrun's ranks are in sessions of their own."""
-    launcher = psutil.Process(pid)
-    for process in [launcher, *launcher.children(recursive=True)]:
-        with suppress(psutil.NoSuchProcess):
-            process.kill()
+    with suppress(psutil.NoSuchProcess):  # it has just ended by itself
+        launcher = psutil.Process(pid)
+        for process in [launcher, *launcher.children(recursive=True)]:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
 
 
 def run_process(
