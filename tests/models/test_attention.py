@@ -94,12 +94,12 @@ def test_rows_that_come_second_stay_torchs():
 
 
 @pytest.mark.parametrize("int8", [None, "torchao"])
-def test_students_and_teachers_of_a_training_have_it(int8, train_shards, tiny_teacher):
+def test_students_and_teachers_of_a_training_have_it(int8, train_shards, tiny_teacher, tmp_path):
     """Except a student whose quantisers a release is to find again. State keys are those of open_clip."""
     sections = {
         "name": "run",
         "data": {"shards": str(train_shards), "batch_size": 4},
-        "student": {"arch": tiny.arch()},
+        "student": {"arch": tiny.arch(), "init": str(tiny.write_teacher(tmp_path / "trained", tiny.arch()))},
         "teacher": {"path": str(tiny_teacher)},
         "objective": {"terms": {"kl": {"kind": "logit_kl"}}},
         "optim": {"lr": 1e-3, "steps": 1},
