@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from kd_accel.probe_config import ProbeConfig
 from kd_accel.schema import Schema
@@ -19,6 +19,14 @@ class MeasureConfig(Schema):
     []: every set that lies in data."""
     data: str | list[str]
     """Folders with evaluation sets: CLIP_benchmark's and DataComp's webdatasets, class folders, COCO, torchvision's."""
+    image_from: str | None = None
+    """A model whose image tower takes the place of the model's own.
+
+    run: the teacher of the model's run; run:NAME, where it has several."""
+    text_from: str | None = None
+    """Likewise the text tower; or stored texts: what kd-accel embed prompts=... wrote, or an .npy.
+
+    NAME.npy has its texts in NAME.txt, one per line, text_embeddings.npy in text_prompts.txt."""
     probe: ProbeConfig | None = None
     """A linear probe of every set with labels and a training split."""
     seen_classes: str | None = None
@@ -36,6 +44,12 @@ class MeasureConfig(Schema):
     num_workers: int = Field(2, ge=0)
     """Loader processes per process."""
 
+    @model_validator(mode="after")
+    def _one_tower_of_its_own(self) -> Self:
+        if self.image_from is not None and self.text_from is not None:
+            raise ValueError("image_from, text_from: they leave nothing of the model itself: drop one of the two")
+        return self
+
 
 class EvalConfig(MeasureConfig):
     """kd-accel eval RUN_OR_RELEASE data=FOLDER: zero-shot classification and retrieval, on all processes."""
@@ -45,14 +59,6 @@ class EvalConfig(MeasureConfig):
     """A run (its newest checkpoint), a checkpoint, a release directory, or a folder with meta.json and .onnx files.
 
     ARCH,PRETRAINED of open_clip; hf/NAME, sentence/NAME, timm/NAME, torchvision/NAME; ssl/LAYOUT,FILE."""
-    image_from: str | None = None
-    """A model whose image tower takes the place of the model's own.
-
-    run: the teacher of the model's run; run:NAME, where it has several."""
-    text_from: str | None = None
-    """Likewise the text tower; or stored texts: what kd-accel embed prompts=... wrote, or an .npy.
-
-    NAME.npy has its texts in NAME.txt, one per line, text_embeddings.npy in text_prompts.txt."""
     ensemble: list[str] = []
     """Further models: the mean of all models' cosines counts."""
     teacher: str | None = None

@@ -92,7 +92,7 @@ class Trainer:
         self.config = config
         self.folder = Path(config.output_dir) / config.name
         resume_from = resume.find(config, self.folder)  # before anything is written or built
-        self.evaluation = TrainingEvaluation(config.eval, self.folder)
+        self.evaluation = TrainingEvaluation(config, self.folder)
         self.push = BackgroundPush(config.hub, self.folder)
         self.accelerator = start_accelerator(
             precision=config.precision,
@@ -106,7 +106,8 @@ class Trainer:
         set_seed(config.seed)  # weights start alike on every rank
         self.teachers = assembly.build_teachers(config)
         self.student = assembly.build_student(config, self.teachers)
-        self.evaluation.check(self.student)
+        with distributed.failing_together():
+            self.evaluation.check(self.student)
         self.config = config = assembly.fit_models(config, self.student, self.teachers)
         self.loader = self._build_loader()
         sizes = {"global_batch": self.loader.global_batch, "device": self.accelerator.device}

@@ -49,7 +49,7 @@ def findings(config: TrainConfig) -> list[Finding]:
     if config.log.trackers:
         found += checked("trackers", lambda: check_trackers(config.log.trackers) or ", ".join(config.log.trackers))
     if config.eval is not None:
-        found += checked("eval", lambda: TrainingEvaluation(config.eval, run) and "the sets are there")
+        found += checked("eval", lambda: _evaluation(config, run, models))
     if config.hub is not None:
         found += checked("hub", lambda: BackgroundPush(config.hub, run) and "a token is there")
     return found
@@ -98,6 +98,13 @@ def _data(models: Models) -> str | Finding:
         return f"{loader.steps_per_epoch} steps per epoch, of which the first can be read"
     rows = loader.batch_size * loader.accumulate
     return Finding("warn", "data", f"{len(bad)} of its first {rows} samples are unreadable: {bad[0]['reason']}")
+
+
+def _evaluation(config: TrainConfig, run: Path, models: list[Models]) -> str:
+    evaluation = TrainingEvaluation(config, run)
+    for built in models:  # none where they cannot be built
+        evaluation.check(built.student)
+    return "the sets are there"
 
 
 def _disk(config: TrainConfig, student: Student) -> str | Finding:

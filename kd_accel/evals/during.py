@@ -9,17 +9,19 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 from safetensors import SafetensorError
 
 from kd_accel import distributed
+from kd_accel.config import TrainConfig, teachers_of
 from kd_accel.engine import Engine
-from kd_accel.evals.encoder import Encoder, load_encoder
+from kd_accel.evals.encoder import Encoder, load_encoder, with_tower
 from kd_accel.evals.evaluate import evaluate
+from kd_accel.evals.model_towers import ModelImages, ModelTexts
 from kd_accel.evals.plan import Plan, make_plan
 from kd_accel.evals.results import RESULTS, columns
 from kd_accel.models.release import write_release
@@ -29,7 +31,6 @@ from kd_accel.random_state import random_state, set_random_state
 from kd_accel.replay import unchanged_buffers
 from kd_accel.schema import ConfigError
 from kd_accel.snapshot import release_of
-from kd_accel.train_eval_config import TrainEvalConfig
 
 log = logging.getLogger("kd_accel")
 
@@ -37,10 +38,11 @@ log = logging.getLogger("kd_accel")
 class TrainingEvaluation:
     """When the student of a run is evaluated, and on what."""
 
-    def __init__(self, config: TrainEvalConfig | None, run: Path):
-        """Without a config: never. Raises ConfigError for data that is not there."""
-        self._config, self._run = config, run
-        self._plan = Plan([], {}) if config is None else _plan(config)
+    def __init__(self, config: TrainConfig, run: Path):
+        """Without the section `eval`: never. Raises ConfigError for data that is not there."""
+        self._config, self._run, self._teachers = config.eval, run, teachers_of(config)
+        with _in_section():
+            self._plan = Plan([], {}) if config.eval is None else make_plan(config.eval)
 
     def announce(self) -> None:
         """Say which tasks have no data."""
@@ -48,14 +50,21 @@ class TrainingEvaluation:
             _log(logging.WARNING, f"eval: skipped {key}: looked for {', '.join(places)}")
 
     def check(self, student: Student) -> None:
-        """Raises ConfigError for a student that is to be evaluated and cannot be by itself."""
-        missing = {"image", "text"} - set(student.towers)
-        if self._config is None or not missing or (missing == {"text"} and self._config.probe is not None):
+        """Raises ConfigError for a student that cannot be evaluated, and for a tower that does not fit it."""
+        if self._config is None:
             return
-        raise ConfigError(
-            f"eval: the student has no {missing.pop()} tower to compare with: drop the section eval, and evaluate its"
-            " checkpoints beside another model's tower: kd-accel eval ... image_from= or text_from="
-        )
+        contract, width = student.contract, student.embed_dim
+        image = None if contract.image is None else ModelImages(student.clip, contract.image, width)
+        text = None if contract.text is None else ModelTexts(student.clip, contract.text, width)
+        with _in_section():
+            encoder = self._joined(Encoder(self._run.name, None, self._run, image, text))
+        missing = {"image", "text"} - encoder.towers
+        if missing and not (missing == {"text"} and self._config.probe is not None):
+            tower = missing.pop()
+            raise ConfigError(
+                f"eval: the student has no {tower} tower to compare with: set eval.{tower}_from to a model, or to run,"
+                " its teacher, where that is as wide; or drop the section eval"
+            )
 
     def is_due(self, step: int, *, steps_per_epoch: int, total_steps: int) -> bool:
         """Alike on every rank."""
@@ -107,13 +116,23 @@ class TrainingEvaluation:
         distributed.on_main(lambda: _write(folder / "student", release_of(engine.student, weights, *scale)))
         with distributed.failing_together():
             encoder = load_encoder(folder / "student")
+            encoder = self._joined(replace(encoder, name=self._run.resolve().name, step=step, home=self._run))
         distributed.on_main(lambda: shutil.rmtree(folder, ignore_errors=True))
-        return replace(encoder, name=self._run.resolve().name, step=step, home=self._run)
+        return encoder
+
+    def _joined(self, encoder: Encoder) -> Encoder:
+        """With the towers of other models that the section names, as `kd-accel eval` has them."""
+        for tower in ("image", "text"):
+            if (source := getattr(self._config, f"{tower}_from")) is not None:
+                encoder = with_tower(encoder, tower, source, teachers=self._teachers)
+        return encoder
 
 
-def _plan(config: TrainEvalConfig) -> Plan:
+@contextmanager
+def _in_section() -> Iterator[None]:
+    """Errors say which section of the config they are about."""
     try:
-        return make_plan(config)
+        yield
     except ConfigError as error:
         raise ConfigError("\n".join(f"eval: {line}" for line in str(error).splitlines())) from None
 

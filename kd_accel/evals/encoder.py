@@ -15,6 +15,7 @@ b rows of a batch, d embedding width.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 from kd_accel.evals.ensemble import Ensemble
 from kd_accel.evals.model_towers import ImageTower, ModelImages, ModelTexts, TextTower
 from kd_accel.evals.onnx_encoder import is_onnx, open_onnx
-from kd_accel.evals.run_teachers import TEACHER, teacher_of_run, teachers_of_run
+from kd_accel.evals.run_teachers import TEACHER, teacher_called, teachers_of_run
 from kd_accel.evals.stored_texts import SUFFIXES, StoredTexts
 from kd_accel.models.build import build_teacher
 from kd_accel.models.device import DTYPES, own_device
@@ -40,6 +41,8 @@ FORMS = (
     " sentence/NAME or ssl/LAYOUT,FILE; a folder with meta.json and .onnx files; for text_from stored texts too, .npy"
     " or .safetensors"
 )
+
+Teachers = Mapping[str, TeacherConfig]  # by name
 
 _PACKAGES = ("hf", "timm", "torchvision", "sentence")  # that bring weights with a name
 
@@ -142,18 +145,16 @@ def load_encoder(
     Raises ConfigError for names that stand for nothing, files that are damaged, and towers that do not fit each other.
     """
     encoder = _open(str(model), "model", precision)
-    if image_from is not None and text_from is not None:
-        raise ConfigError("image_from, text_from: they leave nothing of model: name one of the two as model")
     for tower, source in (("image", image_from), ("text", text_from)):
         if source is not None:
-            encoder = _with_tower(encoder, tower, source, precision)
+            encoder = with_tower(encoder, tower, source, precision=precision)
     others = [_open(name, "ensemble", precision) for name in ensemble]
     return Ensemble((encoder, *others)) if others else encoder
 
 
 def load_teacher(teacher: str, *, student: Encoder | Ensemble, precision: str = "fp32") -> Encoder:
     """The model of this name; "run" is the teacher in the config.yaml of the student's run. Raises ConfigError."""
-    return _open(teacher, "teacher", precision, run=student.home)
+    return _open(teacher, "teacher", precision, student.home)
 
 
 def model_encoder(
@@ -173,10 +174,15 @@ def model_encoder(
     return Encoder(name, step, home, image, text)
 
 
-def _with_tower(encoder: Encoder, tower: str, source: str, precision: str) -> Encoder:
-    """`encoder` with its image or text tower replaced by that of `source`."""
+def with_tower(
+    encoder: Encoder, tower: str, source: str, *, precision: str = "fp32", teachers: Teachers | None = None
+) -> Encoder:
+    """`encoder` with its image or text tower replaced by that of `source`; "run" is one of `teachers`, or of its run's.
+
+    Raises ConfigError for names that stand for nothing, and for a tower that does not fit the other one.
+    """
     key = f"{tower}_from"
-    other = _open(source, key, precision, run=encoder.home)
+    other = _open(source, key, precision, encoder.home if teachers is None else teachers)
     if (found := getattr(other, tower)) is None:
         raise ConfigError(f"{key}={source}: {other.title} has no {tower} tower")
     joined = replace(encoder, name=f"{encoder.name}, {tower} of {other.name}", **{tower: found})
@@ -205,12 +211,14 @@ def _hint(encoder: Encoder, tower: str) -> str:
 # From a name to towers ------------------------------------------------------------------------------------------------
 
 
-def _open(text: str, key: str, precision: str, run: Path | None = None) -> Encoder:
-    """What `key`=`text` names; `run`: where "run" finds its config.yaml."""
+def _open(text: str, key: str, precision: str, run: Path | Teachers | None = None) -> Encoder:
+    """What `key`=`text` names; `run`: the teachers that "run" means, or the run whose config.yaml has them."""
     path = Path(text)
     word, _, name = text.partition(":")
     if run is not None and word == TEACHER:
-        return _taught(teacher_of_run(run, name, f"{key}={text}"), key, precision)
+        given = f"{key}={text}"
+        teachers = teachers_of_run(run, given) if isinstance(run, Path) else run
+        return _taught(teacher_called(name, teachers, given), key, precision)
     if is_onnx(path):
         meta, image, text_tower = open_onnx(path, own_device())
         return Encoder(meta.name, None, path if path.is_dir() else path.parent, image, text_tower)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from kd_accel.config import TrainConfig, teachers_of
@@ -12,21 +13,19 @@ from kd_accel.sections import TeacherConfig
 TEACHER = "run"
 
 
-def teacher_of_run(run: Path, name: str, given: str) -> TeacherConfig:
+def teacher_called(name: str, teachers: Mapping[str, TeacherConfig], given: str) -> TeacherConfig:
     """The teacher called `name`, or the only one where that is empty. Raises ConfigError that begins with `given`."""
-    teachers = teachers_of_run(run, given)
+    if not teachers:
+        raise ConfigError(f"{given}: the run is trained without a teacher: name a model")
     if name in teachers or (not name and len(teachers) == 1):
         return teachers[name] if name else next(iter(teachers.values()))
     choices = " or ".join(f"{TEACHER}:{known}" for known in teachers)
-    raise ConfigError(f"{given}: {run} learned from several teachers, or from others: give {choices}")
+    raise ConfigError(f"{given}: the run learns from several teachers, or from others: give {choices}")
 
 
 def teachers_of_run(run: Path, given: str) -> dict[str, TeacherConfig]:
-    """By name. Raises ConfigError, which begins with `given`, for no run, and for one that learned from nobody."""
+    """By name; raises ConfigError, which begins with `given`, for no run."""
     file = run / "config.yaml"
     if not file.is_file():
         raise ConfigError(f"{given}: {run} is no run, or has lost its config.yaml, which names the teacher")
-    teachers = teachers_of(load(TrainConfig, [file]))
-    if not teachers:
-        raise ConfigError(f"{given}: {run} was trained without a teacher: name a model")
-    return teachers
+    return teachers_of(load(TrainConfig, [file]))

@@ -7,6 +7,7 @@ from collections import namedtuple
 
 import pytest
 import tiny
+from distributed.test_eval import write_set
 from torch import nn
 
 from kd_accel.doctor import training
@@ -75,6 +76,16 @@ def test_an_unreadable_sample_is_said(changed, tmp_path):
     (finding,) = found(changed(f"data.shards={folder}"), "data")
     assert finding.status == "warn"
     assert finding.said.startswith("1 of its first 4 samples are unreadable: ")
+
+
+def test_an_evaluation_beside_a_tower_that_does_not_fit(changed, tmp_path, tiny_teacher):
+    write_set(tmp_path / "sets" / "classes", [0, 1])
+    section = f"eval={{data: {tmp_path / 'sets'}, text_from: {tiny_teacher}}}"
+    (finding,) = found(changed(section), "eval")
+    assert finding.status == "FAIL"
+    assert "its text embeddings are 12 wide" in finding.said
+    (finding,) = found(changed(section, "student.arch.embed_dim=12"), "eval")
+    assert finding.status == "ok"
 
 
 def test_no_token_for_the_hub(changed, monkeypatch, tmp_path):

@@ -160,22 +160,52 @@ def test_a_full_disk_costs_the_evaluation_alone(train, caplog, monkeypatch):
     assert len(curve(folder)) == 6
 
 
-def test_a_student_of_one_tower_is_refused(train, tiny_teacher):
+def half(tower: str, embed_dim: int = 12) -> dict:
+    """A student of one tower; the teacher is 12 wide."""
+    student = {"arch": {"embed_dim": embed_dim, tower: tiny.arch()[tower]}}
+    loss = {"kind": "embedding_l1"} if embed_dim == 12 else {"kind": "rkd"}
+    return {"student": student, "objective": {"terms": {"term": loss}}}
+
+
+def test_a_student_of_one_tower_is_refused(train):
     """Nothing to compare with: one line, at the start."""
-    student = {"arch": {"embed_dim": 12, "vision_cfg": tiny.arch()["vision_cfg"]}}
-    objective = {"terms": {"l1": {"kind": "embedding_l1"}}}
-    with pytest.raises(ConfigError, match="^eval: the student has no text tower"):
-        train("run", evaluate={}, student=student, objective=objective)
+    with pytest.raises(ConfigError, match=r"^eval: the student has no text tower.*set eval.text_from"):
+        train("run", evaluate={}, **half("vision_cfg"))
 
 
-def test_a_watched_run_of_one_tower_beside_its_teacher(train, sets):
-    """Each checkpoint with the other tower of the run's teacher; the rows are the run's own."""
-    student = {"arch": {"embed_dim": 12, "vision_cfg": tiny.arch()["vision_cfg"]}}
-    folder = train("run", student=student, objective={"terms": {"l1": {"kind": "embedding_l1"}}})
-    config = EvalConfig(model=str(folder), text_from="run", data=str(sets), batch_size=4, num_workers=0, watch=True)
-    assert suite.run(config) == 0
-    steps = [(row["step"], row["key"]) for row in read_results(folder / RESULTS)]
-    assert steps == [(step, key) for step in (4, 6) for key in ("pairs", "things")]
+@pytest.mark.parametrize(("tower", "other"), [("vision_cfg", "text_from"), ("text_cfg", "image_from")])
+def test_one_tower_beside_its_teacher_s(train, sets, tmp_path, tower, other):
+    """Rows while it trains are those of a watched run, which is the same run without them."""
+    plain = train("plain", **half(tower))
+    folder = train("run", evaluate={"every_steps": 2, other: "run"}, **half(tower))
+    assert_same_training(folder, plain)
+    load = {"data": str(sets), "batch_size": 4, "num_workers": 0, "watch": True, "output": str(tmp_path / "rows")}
+    assert suite.run(EvalConfig(model=str(folder), **{other: "run"}, **load)) == 0
+    watched = [{k: v for k, v in row.items() if k != "seconds"} for row in read_results(tmp_path / "rows")]
+    assert [(row["step"], row["key"]) for row in watched] == [
+        (step, key) for step in (4, 6) for key in ("pairs", "things")
+    ]
+    rows = results(folder)
+    assert [row["step"] for row in rows] == [2, 2, 4, 4, 6, 6]
+    assert rows[2:] == watched
+    assert "eval/things/acc1" in {name for row in read_rows(folder / "metrics.jsonl") for name in row}
+
+
+@pytest.mark.parametrize(
+    ("student", "evaluate", "said"),
+    [
+        (half("vision_cfg"), {"text_from": "nowhere"}, r"^eval: text_from=nowhere: no such file"),
+        (half("vision_cfg"), {"text_from": "run:b"}, r"^eval: text_from=run:b: .*give run:teacher$"),
+        (half("vision_cfg", 8), {"text_from": "run"}, r"^eval: text_from=run: its text embeddings are 12 wide.* 8$"),
+        (half("vision_cfg"), {"text_from": "run", "image_from": "run"}, r"they leave nothing of the model"),
+        (half("vision_cfg"), {"image_from": "run"}, r"^eval: the student has no text tower"),
+    ],
+)
+def test_a_tower_that_is_not_there_or_does_not_fit(train, tmp_path, student, evaluate, said):
+    """One line before the first step, and no run."""
+    with pytest.raises(ConfigError, match=said):
+        train("run", evaluate=evaluate, **student)
+    assert not (tmp_path / "runs" / "run").exists()
 
 
 @pytest.fixture

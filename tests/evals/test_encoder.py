@@ -228,11 +228,6 @@ def test_a_missing_tower_names_the_key(write_run):
         load_encoder(image, text_from=str(image))
 
 
-def test_both_towers_from_elsewhere_leave_nothing(release):
-    with pytest.raises(ConfigError, match="image_from, text_from: they leave nothing of model"):
-        load_encoder(release, image_from=str(release), text_from=str(release))
-
-
 # Teachers of a run ----------------------------------------------------------------------------------------------------
 
 
