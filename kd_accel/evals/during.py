@@ -59,7 +59,8 @@ class TrainingEvaluation:
         with _in_section():
             encoder = self._joined(Encoder(self._run.name, None, self._run, image, text))
         missing = {"image", "text"} - encoder.towers
-        if missing and not (missing == {"text"} and self._config.probe is not None):
+        by_images = self._config.probe is not None or student.class_head is not None
+        if missing and not (missing == {"text"} and by_images):
             tower = missing.pop()
             raise ConfigError(
                 f"eval: the student has no {tower} tower to compare with: set eval.{tower}_from to a model, or to run,"

@@ -29,6 +29,8 @@ from kd_accel.evals.onnx_encoder import is_onnx, open_onnx
 from kd_accel.evals.run_teachers import TEACHER, teacher_called, teachers_of_run
 from kd_accel.evals.stored_texts import SUFFIXES, StoredTexts
 from kd_accel.models.build import build_teacher
+from kd_accel.models.class_head import FILE as CLASS_HEAD
+from kd_accel.models.class_head import ClassHead, read_class_head
 from kd_accel.models.device import DTYPES, own_device
 from kd_accel.models.release import read_release
 from kd_accel.models.release_folder import resolve_release, run_and_step
@@ -56,6 +58,7 @@ class Encoder:
     home: Path  # where its results.jsonl belongs: the run, the release, or a folder under evals/
     image: ImageTower | None
     text: TextTower | None
+    class_head: ClassHead | None = None  # of the image tower
 
     @property
     def title(self) -> str:
@@ -185,7 +188,8 @@ def with_tower(
     other = _open(source, key, precision, encoder.home if teachers is None else teachers)
     if (found := getattr(other, tower)) is None:
         raise ConfigError(f"{key}={source}: {other.title} has no {tower} tower")
-    joined = replace(encoder, name=f"{encoder.name}, {tower} of {other.name}", **{tower: found})
+    taken = {tower: found} | ({"class_head": other.class_head} if tower == "image" else {})
+    joined = replace(encoder, name=f"{encoder.name}, {tower} of {other.name}", **taken)
     if joined.image and joined.text and joined.image.embed_dim != joined.text.embed_dim:
         raise ConfigError(
             f"{key}={source}: its {tower} embeddings are {found.embed_dim} wide, those of the other tower, of"
@@ -221,7 +225,9 @@ def _open(text: str, key: str, precision: str, run: Path | Teachers | None = Non
         return _taught(teacher_called(name, teachers, given), key, precision)
     if is_onnx(path):
         meta, image, text_tower = open_onnx(path, own_device())
-        return Encoder(meta.name, None, path if path.is_dir() else path.parent, image, text_tower)
+        home = path if path.is_dir() else path.parent
+        head = _class_head(home / meta.class_head, image) if meta.class_head else None
+        return Encoder(meta.name, None, home, image, text_tower, head)
     if path.is_file() and path.suffix in SUFFIXES:
         return Encoder(path.stem, None, path.parent, None, StoredTexts.read(path, own_device()))
     if path.is_dir():
@@ -238,7 +244,14 @@ def _released(path: Path, precision: str) -> Encoder:
     with torch.random.fork_rng(devices=[]):
         model, contract, model_cfg, _ = read_release(release)
     name, step, home = _origin(release)
-    return model_encoder(model, contract, model_cfg["embed_dim"], name=name, step=step, home=home, precision=precision)
+    found = model_encoder(model, contract, model_cfg["embed_dim"], name=name, step=step, home=home, precision=precision)
+    head = release / CLASS_HEAD
+    return replace(found, class_head=_class_head(head, found.image)) if head.is_file() else found
+
+
+def _class_head(file: Path, image: ImageTower | None) -> ClassHead | None:
+    """That of the image tower, where there is one."""
+    return None if image is None else read_class_head(file, image.embed_dim)
 
 
 def _taught(config: TeacherConfig, key: str, precision: str) -> Encoder:

@@ -67,6 +67,11 @@ class Ensemble:
     def device(self) -> torch.device:
         return self.members[0].device
 
+    @property
+    def class_head(self) -> None:
+        """Heads of several models have no mean of their cosines."""
+        return None
+
     @cached_property
     def image_id(self) -> str:
         return _joined([member.image_id for member in self.members])

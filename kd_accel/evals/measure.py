@@ -27,18 +27,20 @@ from kd_accel.evals.feature_cache import FeatureCache, fingerprint
 from kd_accel.evals.features import SetFeatures
 from kd_accel.evals.groups import FACES, face_metrics, group_metrics
 from kd_accel.evals.linear_probe import choose_shots, linear_probe
-from kd_accel.evals.plan import PROBE, Job
+from kd_accel.evals.plan import CLASS_HEAD, OF_IMAGES, PROBE, Job
 from kd_accel.evals.results import Row, weights_of
 from kd_accel.evals.retrieval import recall
 from kd_accel.evals.sets import EvalSet, Sample, SetError
 from kd_accel.evals.statistics import feature_statistics
 from kd_accel.evals.winogavil import evaluate_winogavil, prompt
-from kd_accel.evals.zero_shot import classify
+from kd_accel.evals.zero_shot import best_by, classify
 from kd_accel.models.class_embeddings import read_names
 from kd_accel.schema import ConfigError
 
 Metrics = dict[str, float | None]
-MAIN = {"zero_shot": "acc1", "retrieval": "mean_recall@1", "winogavil": "jaccard_score_10-12", PROBE: "acc1"}
+MAIN = {"zero_shot": "acc1", "retrieval": "mean_recall@1", "winogavil": "jaccard_score_10-12"} | dict.fromkeys(
+    OF_IMAGES, "acc1"
+)
 
 
 class OnSet:
@@ -52,10 +54,12 @@ class OnSet:
     def options(self, what: str) -> str:
         """A fingerprint of all that decides a row beside the model: another one asks for a new row."""
         test, config = self.job.test, self.config
+        seen = config.seen_classes and read_names(Path(config.seen_classes), "seen_classes")
         if what == PROBE:
             asked = [config.probe.model_dump(), str(self.job.train.path.resolve())]
+        elif what == CLASS_HEAD:
+            asked = [test.class_names, seen, self.encoder.class_head.id]
         else:
-            seen = config.seen_classes and read_names(Path(config.seen_classes), "seen_classes")
             asked = [test.class_names, test.templates, seen, config.statistics, config.clusters]
             asked.append(self.teacher and weights_of(self.teacher.encoder))
         asked.append(self._content)
@@ -154,9 +158,14 @@ def _read(read: Callable[[], list]) -> list:
 
 
 def measures_of(encoder: Encoder | Ensemble, job: Job) -> tuple[str, ...]:
-    """The rows that a job comes to; a linear probe is all that an image tower alone can be asked for."""
-    alone = job.train is not None and "text" not in encoder.towers
-    return (PROBE,) if alone else job.measures
+    """The rows that a job comes to; its class head and a linear probe are all that an image tower alone can be asked
+    for. A head beside a text tower is asked about the classes that it knows."""
+    if job.test.kind != "zero_shot":
+        return job.measures
+    head, alone = encoder.class_head, "text" not in encoder.towers
+    asked = head is not None and (alone or head.columns(job.test.class_names) is not None)
+    own = (CLASS_HEAD,) * asked + (PROBE,) * (job.train is not None)
+    return own if alone and own else (job.test.kind, *own)
 
 
 def measure(on_set: OnSet, what: str) -> Row:
@@ -166,11 +175,11 @@ def measure(on_set: OnSet, what: str) -> Row:
     """
     start = time.monotonic()
     encoder, job = on_set.encoder, on_set.job
-    encoder.require(*(("image",) if what == PROBE else ("image", "text")))
+    encoder.require(*(("image",) if what in OF_IMAGES else ("image", "text")))
     metrics = MEASURES[what](on_set)
     if on_set.teacher is not None and what in ("zero_shot", "retrieval"):
         metrics |= _agreement(on_set, on_set.teacher, what)
-    main = MAIN[what] if job.task is None or what == PROBE else job.task.main_metric
+    main = MAIN[what] if job.task is None or what in OF_IMAGES else job.task.main_metric
     return {
         "model": encoder.name,
         "step": encoder.step,
@@ -188,17 +197,37 @@ def measure(on_set: OnSet, what: str) -> Row:
 
 def _zero_shot(on_set: OnSet) -> Metrics:
     test, key = on_set.job.test, on_set.job.key
-    meta = _metadata(on_set)
     if key in FACES:
-        return face_metrics(key, meta, test.class_names, test.templates, on_set.classify)
-    predictions, labels, num_classes = on_set.predictions, on_set.labels, len(test.class_names)
-    metrics = accuracy(predictions, labels, num_classes=num_classes)
-    metrics |= group_metrics(key, predictions, labels, meta, num_classes=num_classes)
-    if on_set.config.seen_classes is not None:
-        seen = seen_mask(test.class_names, read_names(Path(on_set.config.seen_classes), "seen_classes"), name=key)
-        metrics |= seen_unseen(predictions, labels, seen)
+        return face_metrics(key, _metadata(on_set), test.class_names, test.templates, on_set.classify)
+    metrics = _classification(on_set, on_set.predictions)
     if on_set.config.clusters:
-        metrics |= cluster_agreement(on_set.unit_images, labels, num_classes=num_classes)
+        metrics |= cluster_agreement(on_set.unit_images, on_set.labels, num_classes=len(test.class_names))
+    return metrics
+
+
+def _class_head(on_set: OnSet) -> Metrics:
+    """Of its classes those of the set compete."""
+    head, names = on_set.encoder.class_head, on_set.job.test.class_names
+    columns = head.columns(names)
+    if columns is None:
+        strange = [name for name in names if head.names is not None and head.columns([name]) is None]
+        raise SetError(
+            f"{on_set.job.test.path}: {len(names)} classes"
+            + (f", of which {len(strange)} ({strange[0]}, ...)" if strange else "")
+            + f" are not those of the class head of {on_set.encoder.title}, which knows {len(head.bias)}"
+        )
+    best = best_by(lambda rows: head.logits(rows)[:, columns], on_set.features.images, num_classes=len(head.bias))
+    return _classification(on_set, best)
+
+
+def _classification(on_set: OnSet, predictions: Tensor) -> Metrics:
+    """Of `predictions` [n, <= 5], the best classes of every image."""
+    names, key, meta = on_set.job.test.class_names, on_set.job.key, _metadata(on_set)
+    metrics = accuracy(predictions, on_set.labels, num_classes=len(names))
+    metrics |= group_metrics(key, predictions, on_set.labels, meta, num_classes=len(names))
+    if on_set.config.seen_classes is not None:
+        seen = seen_mask(names, read_names(Path(on_set.config.seen_classes), "seen_classes"), name=key)
+        metrics |= seen_unseen(predictions, on_set.labels, seen)
     return metrics
 
 
@@ -245,4 +274,10 @@ def _agreement(student: OnSet, teacher: OnSet, what: str) -> Metrics:
     return metrics | feature_agreement(student.unit_texts, teacher.unit_texts, of="text")
 
 
-MEASURES = {"zero_shot": _zero_shot, "retrieval": _retrieval, "winogavil": _winogavil, PROBE: _probe}
+MEASURES = {
+    "zero_shot": _zero_shot,
+    "retrieval": _retrieval,
+    "winogavil": _winogavil,
+    PROBE: _probe,
+    CLASS_HEAD: _class_head,
+}

@@ -11,7 +11,8 @@ from kd_accel.evals.sets import EvalSet
 from kd_accel.evals.tasks import TASKS, Task, expand
 from kd_accel.schema import ConfigError
 
-PROBE = "linear_probe"
+PROBE, CLASS_HEAD = "linear_probe", "class_head"
+OF_IMAGES = (PROBE, CLASS_HEAD)  # rows beside a set's own, which its name alone does not tell from that one
 
 
 @dataclass(frozen=True)

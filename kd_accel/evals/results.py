@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from kd_accel.evals.encoder import Encoder
+from kd_accel.evals.plan import OF_IMAGES
 from kd_accel.text_files import read_rows, replace_text
 
 RESULTS, TABLE, DATACOMP = "results.jsonl", "evaluation_metrics_all.csv", "eval_results"
@@ -75,8 +76,9 @@ def weights_of(encoder: Encoder) -> str:
 
 
 def columns(row: Row) -> dict[str, float]:
-    """The metrics of a row that have a value, as KEY/METRIC; those of a linear probe as KEY/linear_probe/METRIC."""
-    place = f"{row['key']}/linear_probe" if row["task"] == "linear_probe" else row["key"]
+    """The metrics of a row that have a value, as KEY/METRIC; of a linear probe as KEY/linear_probe/METRIC, and so of a
+    class head."""
+    place = f"{row['key']}/{row['task']}" if row["task"] in OF_IMAGES else row["key"]
     return {f"{place}/{name}": value for name, value in row["metrics"].items() if value is not None}
 
 
@@ -141,7 +143,7 @@ def _datacomp_files(rows: list[Row], folder: Path) -> dict[Path, str]:
     """One file per model and step; models other than the one that `folder` belongs to have folders of their own."""
     files: dict[Path, str] = {}
     for row in rows:
-        if row["task"] == "linear_probe":  # DataComp has none, and one row per key
+        if row["task"] in OF_IMAGES:  # DataComp has none, and one row per key
             continue
         own = row["model"] == folder.resolve().name
         place = folder / DATACOMP / ("" if own else row["model"].replace("/", "-"))

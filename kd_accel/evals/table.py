@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from kd_accel.evals.aggregate import aggregates
+from kd_accel.evals.plan import OF_IMAGES
 from kd_accel.evals.results import Row
 
+CLASSIFICATION = ("acc1", "acc5", "mean_per_class_recall")
 SHOWN = {  # of each kind of row: the metrics that the table has room for
-    "zero_shot": ("acc1", "acc5", "mean_per_class_recall"),
+    "zero_shot": CLASSIFICATION,
     "retrieval": tuple(f"{what}_retrieval_recall@{k}" for what in ("image", "text") for k in (1, 5, 10)),
     "winogavil": ("avg_jaccard_score", "jaccard_score_10-12"),
-    "linear_probe": ("acc1", "acc5", "mean_per_class_recall"),
-}
+} | dict.fromkeys(OF_IMAGES, CLASSIFICATION)
 ASKED = ("acc_seen", "acc_unseen", "harmonic_mean")  # shown where a row has them: seen_classes was given
 
 
@@ -18,8 +19,8 @@ def in_words(row: Row) -> str:
     """One line about a row."""
     shown = {name: row["metrics"].get(name) for name in _shown([row])}
     metrics = ", ".join(f"{name} {_percent(value)} %" for name, value in shown.items() if value is not None)
-    probe = "linear probe " if row["task"] == "linear_probe" else ""
-    return f"{row['dataset']}: {probe}{metrics}; {row['n']} images" + (
+    kind = row["task"].replace("_", " ") + " " if row["task"] in OF_IMAGES else ""
+    return f"{row['dataset']}: {kind}{metrics}; {row['n']} images" + (
         f", {row['bad']} unreadable" if row["bad"] else ""
     )
 

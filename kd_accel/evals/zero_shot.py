@@ -6,6 +6,8 @@ features of all C x P prompts exist at a time.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -39,9 +41,14 @@ def _class_rows(
 
 def classify(images: Tensor, weights: Tensor) -> Tensor:
     """[n, d] unit rows, [C, d] classifier -> [n, min(5, C)] int64 on the CPU, on every rank: the best classes."""
+    return best_by(lambda rows: 100 * rows @ weights.T, images, num_classes=len(weights))
+
+
+def best_by(logits: Callable[[Tensor], Tensor], images: Tensor, *, num_classes: int) -> Tensor:
+    """The same of [n, d] rows by what `logits` makes of some of them: [b, d] -> [b, C]."""
 
     def best(rows: range) -> Tensor:
-        return best_classes(100 * images[rows.start : rows.stop] @ weights.T)
+        return best_classes(logits(images[rows.start : rows.stop]))
 
-    chunk_rows = max(1, min(ROWS, LOGITS // len(weights)))
+    chunk_rows = max(1, min(ROWS, LOGITS // num_classes))
     return in_chunks(len(images), best, chunk_rows=chunk_rows).cpu()

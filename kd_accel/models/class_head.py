@@ -6,7 +6,9 @@ C classes, d embedding width.
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,10 +30,31 @@ class ClassHead:
     bias: Tensor  # [C]
     names: tuple[str, ...] | None  # of the classes, where they are known
 
-    def probabilities(self, embeddings: Tensor) -> Tensor:
+    @property
+    def id(self) -> str:
+        """SHA-256 of weights and names."""
+        found = hashlib.sha256(json.dumps(self.names).encode())
+        for tensor in (self.weight, self.bias):
+            found.update(tensor.numpy().tobytes())
+        return found.hexdigest()
+
+    def logits(self, embeddings: Tensor) -> Tensor:
         """Raw image embeddings [b, d] -> [b, C] on their device, as the head was trained: without normalisation."""
-        weight, bias = self.weight.to(embeddings.device), self.bias.to(embeddings.device)
-        return F.linear(embeddings, weight, bias).softmax(dim=-1)
+        return F.linear(embeddings, self.weight.to(embeddings.device), self.bias.to(embeddings.device))
+
+    def probabilities(self, embeddings: Tensor) -> Tensor:
+        """Raw image embeddings [b, d] -> [b, C], rows that sum to 1."""
+        return self.logits(embeddings).softmax(dim=-1)
+
+    def columns(self, class_names: Sequence[str]) -> list[int] | None:
+        """The class of each of `class_names`, None where it does not know them all: by name; or by number, where it has
+        as many classes and no name of them, as after training on ImageNet's synsets."""
+        wanted = [_as_words(name) for name in class_names]
+        known = [_as_words(name) for name in self.names or ()]
+        if wanted != known and set(wanted) <= set(known):
+            return [known.index(name) for name in wanted]
+        by_number = wanted == known or (len(wanted) == len(self.bias) and not set(wanted) & set(known))
+        return list(range(len(wanted))) if by_number else None
 
 
 def write_class_head(folder: Path, head: ClassHead) -> None:
@@ -58,6 +81,11 @@ def read_class_head(file: Path, embed_dim: int) -> ClassHead:
     if not all(tensor.is_floating_point() and tensor.isfinite().all() for tensor in tensors.values()):
         raise ConfigError(f"{file}: weight and bias must be finite floating-point numbers")
     return ClassHead(tensors["weight"].float(), tensors["bias"].float(), _names(names, num_classes, file))
+
+
+def _as_words(name: str) -> str:
+    """Folders are called red_fox where lists have Red fox."""
+    return name.replace("_", " ").casefold()
 
 
 def _names(text: str | None, num_classes: int, file: Path) -> tuple[str, ...] | None:

@@ -25,7 +25,6 @@ from kd_accel.data.source import BadSample
 from kd_accel.data.transforms import decode, eval_view
 from kd_accel.evals.encoder import Encoder, load_encoder
 from kd_accel.models.class_embeddings import read_names
-from kd_accel.predict.class_head import class_head_of
 from kd_accel.predict.page import page
 from kd_accel.predict_config import PredictConfig
 from kd_accel.schema import ConfigError
@@ -113,7 +112,7 @@ def _of_texts(encoder: Encoder, config: PredictConfig) -> tuple[list[str], Proba
     texts = config.text or read_names(Path(config.prompts), "prompts")
     if not texts:
         raise ConfigError(f"prompts: {config.prompts} is empty; it needs a text per line")
-    if encoder.text is None and class_head_of(config.model, encoder.embed_dim) is not None:
+    if encoder.text is None and encoder.class_head is not None:
         raise ConfigError(
             f"{config.model} has a class head and no text tower: leave the texts out, or name its classes: classes=FILE"
         )
@@ -124,7 +123,7 @@ def _of_texts(encoder: Encoder, config: PredictConfig) -> tuple[list[str], Proba
 
 def _of_classes(encoder: Encoder, config: PredictConfig) -> tuple[list[str], Probabilities]:
     """The names of the classes, or their numbers where nobody knows the names."""
-    head = class_head_of(config.model, encoder.embed_dim)
+    head = encoder.class_head
     if head is None:
         raise ConfigError(
             f"{config.model} has no class head, so give either prompts=FILE or text=[...]: the texts to choose from"

@@ -6,12 +6,14 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from kd_accel.evals.plan import OF_IMAGES
 from kd_accel.report.numbers import number
 from kd_accel.report.runs import Run, teachers_among
 
 Task = tuple[str, str]  # key and kind: one set may be there for zero_shot and for linear_probe
 Row = dict[str, Any]
-KINDS = {"zero_shot": "zero-shot", "linear_probe": "linear probe"}  # the others have a name without a gap
+# the other kinds have a name without a gap
+KINDS = {"zero_shot": "zero-shot", "linear_probe": "linear probe", "class_head": "class head"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,9 +110,9 @@ def main_name(rows: list[Row]) -> str:
 def mean_of_common(columns: list[Column]) -> tuple[list[Task], list[float]]:
     """The tasks for which every column has a main metric, and each column's mean of them; no means without tasks.
 
-    Linear probes measure something else, and do not count.
+    Linear probes and class heads measure something else, and do not count.
     """
-    tasks = [task for task in tasks_of(columns) if task[1] != "linear_probe"]
+    tasks = [task for task in tasks_of(columns) if task[1] not in OF_IMAGES]
     common = [task for task in tasks if all(column.value(task) is not None for column in columns)]
     means = [sum(column.value(task) for task in common) / len(common) for column in columns] if common else []
     return common, means

@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -189,6 +190,28 @@ def test_one_tower_beside_its_teacher_s(train, sets, tmp_path, tower, other):
     assert [row["step"] for row in rows] == [2, 2, 4, 4, 6, 6]
     assert rows[2:] == watched
     assert "eval/things/acc1" in {name for row in read_rows(folder / "metrics.jsonl") for name in row}
+
+
+def test_a_class_head_needs_no_texts(train, tmp_path, sets):
+    """A student of labels alone has the row that `kd-accel eval` gives it."""
+    for name in range(6):
+        (tmp_path / "classes" / f"thing {name}").mkdir(parents=True)
+        picture = tiny.picture((40 * name, 99, 200 - 30 * name), np.random.default_rng(name))
+        (tmp_path / "classes" / f"thing {name}" / "0.jpg").write_bytes(picture)
+    shutil.rmtree(sets / "pairs")
+    folder = train(
+        "run",
+        evaluate={},
+        teacher=None,
+        data={"folder": str(tmp_path / "classes"), "label": "auto", "batch_size": 3, "num_workers": 0},
+        student={"arch": {"embed_dim": 8, "vision_cfg": RESNET}, "num_classes": 6},
+        objective={"terms": {"label": {"kind": "label_ce"}}},
+        optim={"lr": 1e-2, "steps": 2},
+    )
+    (row,) = results(folder)
+    assert (row["step"], row["task"], row["n"]) == (2, "class_head", 7)
+    assert suite.run(EvalConfig(model=str(folder), data=str(sets), batch_size=4, num_workers=0)) == 0
+    assert results(folder) == [row]  # known already
 
 
 @pytest.mark.parametrize(
