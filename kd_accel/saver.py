@@ -42,9 +42,11 @@ class Saver:
         """
         self._published = published
         self._run, self._config, self._total_steps = run, config, total_steps
-        every_minutes = config.save.every_minutes
-        self._every_steps = config.save.every_steps or (None if every_minutes else steps_per_epoch)
-        self._seconds = None if every_minutes is None else 60 * every_minutes
+        steps, epochs, minutes = config.save.every_steps, config.save.every_epochs, config.save.every_minutes
+        if not (steps or epochs or minutes):
+            epochs = 1
+        self._steps_between = [length for length in (steps, epochs and epochs * steps_per_epoch) if length]
+        self._seconds = None if minutes is None else 60 * minutes
         self._last_time = time.monotonic()
         self._snapshot_step: int | None = None  # of the checkpoint under way
         self._newest_step: int | None = newest_step  # of the last one that was begun and did not fail
@@ -57,7 +59,7 @@ class Saver:
 
     def is_due(self, step: int) -> bool:
         """By the number of steps; alike on every rank."""
-        return step == self._total_steps or (self._every_steps is not None and step % self._every_steps == 0)
+        return step == self._total_steps or any(step % between == 0 for between in self._steps_between)
 
     def time_is_up(self) -> bool:
         """By the clock of this process: ranks may differ."""

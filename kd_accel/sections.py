@@ -257,9 +257,11 @@ class SaveConfig(Schema):
     """When a checkpoint is written; the end of the run always writes one."""
 
     every_steps: int | None = Field(None, gt=0)
-    """Optimizer steps between two checkpoints; neither this nor every_minutes: once per epoch."""
+    """Optimizer steps between two checkpoints; neither this nor the next two: once per epoch."""
+    every_epochs: int | None = Field(None, gt=0)
+    """Epochs between two checkpoints, in place of every_steps or beside it."""
     every_minutes: float | None = Field(None, gt=0)
-    """Minutes between two checkpoints, in place of every_steps or beside it."""
+    """Minutes between two checkpoints, in place of the others or beside them."""
     on_signal: bool = True
     """SIGTERM and SIGUSR1 write a checkpoint after the step and end the run with exit code 0; false: they kill it."""
     background: bool = False

@@ -326,6 +326,17 @@ def test_saving_in_the_background_changes_nothing(config, tmp_path):
         assert (ours / weights).read_bytes() == (theirs / weights).read_bytes()
 
 
+@pytest.mark.parametrize(
+    ("save", "steps"),
+    [({}, [5, 10]), ({"every_epochs": 2}, [10]), ({"every_epochs": 1, "every_steps": 4}, [4, 5, 8, 10])],
+)
+def test_saving_by_epochs(config, tmp_path, save, steps):
+    """Two epochs of five steps: once per epoch unless something is said."""
+    run(config(save=save | {"keep_last": 99}))
+    names = [path.name for path in sorted((tmp_path / "run" / "checkpoints").glob("step_*"))]
+    assert names == [f"step_{step:08d}" for step in steps]
+
+
 def test_saving_by_the_clock(config, tmp_path, monkeypatch):
     """A clock that goes three minutes a step, a checkpoint every six: after every second step."""
     now = [0.0]
