@@ -38,9 +38,13 @@ from kd_accel.models.class_embeddings import read_names
 from kd_accel.schema import ConfigError
 
 Metrics = dict[str, float | None]
-MAIN = {"zero_shot": "acc1", "retrieval": "mean_recall@1", "winogavil": "jaccard_score_10-12"} | dict.fromkeys(
-    OF_IMAGES, "acc1"
-)
+MAIN = {
+    "zero_shot": "acc1",
+    "retrieval": "mean_recall@1",
+    "winogavil": "jaccard_score_10-12",
+    PROBE: "acc1",
+    CLASS_HEAD: "acc1",
+}
 
 
 class OnSet:
