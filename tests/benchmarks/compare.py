@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 WORST = 0.9
-MORE_IS_BETTER = ("_per_second", "speedup", "ratio")
+MORE_IS_BETTER = ("_per_second", "speedup", "ratio", "efficiency")
 LESS_IS_BETTER = ("seconds", "bytes", "_mib", "peak_memory", "checkpoint_stall")
 
 
