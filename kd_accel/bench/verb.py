@@ -107,6 +107,8 @@ def _measure(trainer: Trainer, config: BenchConfig) -> Timing:
     with closing(iter(trainer.loader)) as batches:
         for step in range(config.warmup + config.measured):
             if step == config.warmup:
+                if step:
+                    _checkpoint_seconds(trainer)  # the first waits for the memory of its copy, which stays
                 _wait(device)
                 began = time.perf_counter()
             trainer.episodes.prepare(trainer.progress())
@@ -123,17 +125,12 @@ def _measure(trainer: Trainer, config: BenchConfig) -> Timing:
 
 
 def _checkpoint_seconds(trainer: Trainer) -> tuple[float, float]:
-    """(that training waits for a checkpoint in the background, until it is there), on this rank.
-
-    Of the second one: the first also waits for the memory of its copy, which stays.
-    """
+    """(that training waits for a checkpoint in the background, until it is there), on this rank."""
     saved = {"engine": trainer.engine, "objective": trainer.objective, "state": trainer.state}
-    for _ in range(2):
-        trainer.state.step += 1
-        began = time.perf_counter()
-        trainer.saver.save(**saved, at_end=False)
-        stall = time.perf_counter() - began
-        trainer.saver.finish()
+    began = time.perf_counter()
+    trainer.saver.save(**saved, at_end=False)
+    stall = time.perf_counter() - began
+    trainer.saver.finish()
     return stall, time.perf_counter() - began
 
 
