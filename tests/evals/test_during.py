@@ -23,7 +23,6 @@ from kd_accel.evals.tasks import TASKS
 from kd_accel.schema import ConfigError, validate
 from kd_accel.text_files import read_rows
 from kd_accel.train import run
-from kd_accel.train_eval_config import TrainEvalConfig
 
 RESNET = {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "head_width": 16}  # with BatchNorm
 
@@ -297,8 +296,15 @@ def test_steps_and_epochs_are_counted_side_by_side(sets, tmp_path):
     """Of 12 steps in 4 epochs; the last one is not due as such."""
 
     def due(**when):
-        config = TrainEvalConfig(data=str(sets), at_end=False, **when)
-        evaluation = during.TrainingEvaluation(config, tmp_path)
+        values = {
+            "name": "run",
+            "data": {"shards": "anywhere", "batch_size": 8},
+            "student": {"arch": tiny.arch()},
+            "objective": {"terms": {"clip": {"kind": "clip"}}},
+            "optim": {"lr": 1e-2, "steps": 12},
+            "eval": {"data": str(sets), "at_end": False, **when},
+        }
+        evaluation = during.TrainingEvaluation(validate(TrainConfig, values), tmp_path)
         return [step for step in range(13) if evaluation.is_due(step, steps_per_epoch=3, total_steps=12)]
 
     assert due(every_epochs=2) == [6, 12]
