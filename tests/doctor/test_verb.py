@@ -8,7 +8,6 @@ import subprocess
 import sys
 
 import pytest
-import warm_python
 from conftest import REPO, run_process
 from distributed.test_launch import ACCELERATE
 
@@ -95,12 +94,12 @@ def test_machines_that_differ(train_yaml, tmp_path):
 
 
 def by_hand(rank: int, world_size: int, port: int, *words: str, program: list[str] = DOCTOR) -> subprocess.Popen:
-    """A rank as SLURM starts it: no launcher has a time of its own."""
+    """A rank as SLURM starts it: no launcher has a time of its own. Cold, since it silences torch before the import."""
     env = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     quiet = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(REPO)}
     env = {**os.environ, **quiet, **{key: str(value) for key, value in env.items()}}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return warm_python.Popen([sys.executable, *program, *words], env=env, cwd=REPO, **pipes)
+    return subprocess.Popen([sys.executable, *program, *words], env=env, cwd=REPO, **pipes)
 
 
 @pytest.mark.distributed
